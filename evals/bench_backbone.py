@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -147,8 +147,7 @@ class Bench:
 
 
 def kernel_times(run: Callable[[], object], directory: Path) -> dict[str, tuple[int, float]]:
-    """Device kernels of one call, from a profile: name -> (launches, milliseconds). Kernels whose
-    source is recorded are named by it: "attention: ..." rather than a fusion's number alone."""
+    """Device kernels of one call, from a profile: name -> (launches, milliseconds)."""
     with jax.profiler.trace(str(directory)):
         jax.block_until_ready(run())
     file = max(directory.rglob("*.xplane.pb"), key=lambda p: p.stat().st_mtime)
@@ -156,16 +155,9 @@ def kernel_times(run: Callable[[], object], directory: Path) -> dict[str, tuple[
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
         if "GPU" in plane.name:
             for event in (e for line in plane.lines if "Stream" in line.name for e in line.events):
-                name = f"{_scope(event.stats)}: {event.name}"
-                count, ms = out.get(name, (0, 0.0))
-                out[name] = (count + 1, ms + event.duration_ns / 1e6)
+                count, ms = out.get(event.name, (0, 0.0))
+                out[event.name] = (count + 1, ms + event.duration_ns / 1e6)
     return out
-
-
-def _scope(stats: Iterable[tuple[str, object]]) -> str:
-    """The model's named scope that a kernel was traced under, or "other"."""
-    source = next((v for _, v in stats if isinstance(v, str) and "/layer_" in v), "")
-    return next((scope for scope in ("attention", "moe") if f"/{scope}" in source), "other")
 
 
 def check_peer(cfg: ModelConfig, leaves: dict[str, jax.Array], log: Callable[[str], None]) -> dict:
