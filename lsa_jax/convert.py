@@ -1,6 +1,8 @@
 """Converts a released DeepSeek-V4 or HF checkpoint: `python -m lsa_jax.convert SRC DST`.
 
 A conversion that was killed, or stopped with Ctrl-C, goes on when the same command is given again.
+Where SRC is a file it is a memory indexer, safetensors or torch's `.pt`, and DST is the safetensors
+file to create; nothing in a `.pt` is executed.
 """
 
 import argparse
@@ -12,10 +14,16 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import ml_dtypes
+import numpy as np
+
 from lsa_jax import cli
 from lsa_jax.checkpoint.leaf import Weights
 from lsa_jax.checkpoint.source import open_source
 from lsa_jax.checkpoint.writer import partial_path, write_checkpoint
+from lsa_jax.config import ConfigError
+from lsa_jax.lsa.indexer_file import write_indexer
+from lsa_jax.lsa.indexer_reader import read_indexer
 
 
 def fingerprint(src: Path) -> str:
@@ -47,6 +55,15 @@ def convert(src: Path, dst: Path, weights: Weights) -> int:
     return total
 
 
+def convert_indexer(src: Path, dst: Path, weights: Weights, layer: int | None) -> int:
+    """Writes the memory indexer `dst` from the file `src`. Returns its leaf bytes."""
+    indexer = read_indexer(src, layer=layer)
+    if weights != "keep":
+        indexer = indexer.astype(np.dtype(np.float32 if weights == "f32" else ml_dtypes.bfloat16))
+    write_indexer(dst, indexer)
+    return indexer.nbytes
+
+
 def _peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
@@ -54,14 +71,17 @@ def _peak_rss_bytes() -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lsa_jax.convert", description=__doc__)
-    parser.add_argument("src", type=Path, help="directory of *.safetensors and config.json")
-    parser.add_argument("dst", type=Path, help="directory to create")
+    src = "directory of *.safetensors and config.json; or a memory indexer's file"
+    parser.add_argument("src", type=Path, help=src)
+    parser.add_argument("dst", type=Path, help="directory to create; a file, for an indexer")
     parser.add_argument(
         "--weights",
         choices=get_args(Weights),
         default="keep",
         help="keep: quantised weights stay fp4 and fp8 (default); bf16, f32: dequantise all",
     )
+    layer = "CSA ordinal of the layer in an indexer file that does not name its one layer"
+    parser.add_argument("--layer", type=int, help=layer)
     return parser.parse_args(argv)
 
 
@@ -72,7 +92,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         began = time.monotonic()
-        size = convert(args.src, args.dst, args.weights)
+        if not args.src.is_dir():
+            size = convert_indexer(args.src, args.dst, args.weights, args.layer)
+        elif args.layer is not None:
+            raise ConfigError(f"layer is for a memory indexer's file, {args.src} is none")
+        else:
+            size = convert(args.src, args.dst, args.weights)
         seconds = time.monotonic() - began
         peak = _peak_rss_bytes() / 2**20
         print(f"{args.dst}: {size:,} bytes in {seconds:.1f} s, peak memory {peak:,.0f} MiB")

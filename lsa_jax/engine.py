@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,62 @@ class Burst:
         tokens, count = np.asarray(self.tokens), np.asarray(self.count)
         last = tokens[np.arange(count.size), count - 1]  # on the host: it compiles nothing
         return jnp.asarray(np.where(count > 0, last, np.asarray(before)))
+
+
+def empty_burst(done: Bool[Array, " B"], steps: int, vocab: int | None) -> Burst:
+    """Room for `steps` steps; with `vocab`, for their logits too."""
+    batch = done.shape[0]
+    return Burst(
+        tokens=jnp.zeros((batch, steps), jnp.int32),
+        count=jnp.zeros((batch,), jnp.int32),
+        done=done,
+        logits=None if vocab is None else jnp.zeros((batch, steps, vocab), jnp.float32),
+    )
+
+
+class HasLengths(Protocol):
+    """A decode state: it knows how many tokens each row has seen."""
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        """Tokens of each row."""
+        ...
+
+
+def run_burst[State: HasLengths](
+    forward: Callable[[State, Array, Array], tuple[Float[Array, "B V"], State]],
+    state: State,
+    burst: Burst,
+    token: Int[Array, " B"],
+    key: Array,
+    steps: Int[Array, ""],
+    *,
+    sampler: Sampler,
+    stop: tuple[int, ...],
+) -> tuple[Burst, State]:
+    """Up to `steps` steps on the device: feed a token, draw the next; ends when all rows are done.
+
+    `forward(state, token, live)` feeds the live rows and returns logits and the next state.
+    """
+    stops = jnp.asarray(stop, jnp.int32)
+
+    def step(carry: tuple[Array, Array, Burst, State]) -> Any:
+        i, token, burst, state = carry
+        live = ~burst.done
+        logits, state = forward(state, token, live)
+        token = jnp.where(live, sample_rows(sampler, logits, key, state.lengths), token)
+        kept = burst.logits
+        burst = Burst(
+            tokens=burst.tokens.at[:, i].set(token),
+            count=burst.count + live,
+            done=burst.done | jnp.isin(token, stops),
+            logits=None if kept is None else kept.at[:, i].set(logits),
+        )
+        return i + 1, token, burst, state
+
+    more = lambda carry: (carry[0] < steps) & ~jnp.all(carry[2].done)  # noqa: E731
+    _, _, burst, state = jax.lax.while_loop(more, step, (jnp.int32(0), token, burst, state))
+    return burst, state
 
 
 def capacity_for(tokens: int, limit: int) -> int:
@@ -270,8 +326,6 @@ class Engine:
         return program
 
     def _decode(self, sampler: Sampler, stop: tuple[int, ...], keep: bool) -> Callable[..., Any]:
-        stops = jnp.asarray(stop, jnp.int32)
-
         def program(
             weights: list[Array],
             state: DecodeState,
@@ -281,32 +335,12 @@ class Engine:
             n: Array,
         ) -> tuple[Burst, DecodeState]:
             model = jax.tree.unflatten(self._treedef, weights)
-            batch, vocab = token.shape[0], self.cfg.vocab_size
 
-            def step(carry: tuple[Array, Array, Burst, DecodeState]) -> Any:
-                i, token, burst, state = carry
-                live = ~burst.done
+            def forward(state: DecodeState, token: Array, live: Array) -> tuple[Array, DecodeState]:
                 streams, state = model(token[:, None], state, live.astype(jnp.int32))
-                logits = model.logits(streams)[:, 0]
-                drawn = sample_rows(sampler, logits, key, state.lengths)
-                token = jnp.where(live, drawn, token)
-                kept = burst.logits
-                burst = Burst(
-                    tokens=burst.tokens.at[:, i].set(token),
-                    count=burst.count + live,
-                    done=burst.done | jnp.isin(token, stops),
-                    logits=None if kept is None else kept.at[:, i].set(logits),
-                )
-                return i + 1, token, burst, state
+                return model.logits(streams)[:, 0], state
 
-            burst = Burst(
-                tokens=jnp.zeros((batch, self.max_burst), jnp.int32),
-                count=jnp.zeros((batch,), jnp.int32),
-                done=done,
-                logits=jnp.zeros((batch, self.max_burst, vocab), jnp.float32) if keep else None,
-            )
-            more = lambda carry: (carry[0] < n) & ~jnp.all(carry[2].done)  # noqa: E731
-            carry = jax.lax.while_loop(more, step, (jnp.int32(0), token, burst, state))
-            return carry[2], carry[3]
+            burst = empty_burst(done, self.max_burst, self.cfg.vocab_size if keep else None)
+            return run_burst(forward, state, burst, token, key, n, sampler=sampler, stop=stop)
 
         return program

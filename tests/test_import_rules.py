@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lsa_jax.quant": ("lsa_jax.config",),
     "lsa_jax.shardings": ("lsa_jax.config", "lsa_jax.parameters"),
     "lsa_jax.nn": (
-        *("lsa_jax.nn", "lsa_jax.cache.state", "lsa_jax.cache.codec", "pallas_kernels"),
+        *("lsa_jax.nn", "lsa_jax.cache.state", "lsa_jax.cache.codec", "lsa_jax.cache.resident", "pallas_kernels"),
         *TENSORS,
     ),
     "lsa_jax.cache": ("lsa_jax.cache", *TENSORS),

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax import quant
 from lsa_jax.cache import codec
+from lsa_jax.cache.resident import Resident, take_entries
 from lsa_jax.cache.state import LayerState, flat_entries, write_pages
 from lsa_jax.config import ComputeConfig, LayerType, ModelConfig
 from lsa_jax.nn import lightning_indexer as indexer
@@ -153,23 +154,33 @@ class Attention(nnx.Module):
         state: LayerState,
         start: Int[Array, " B"],
         count: Int[Array, " B"],
+        resident: Resident | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerState]:
-        """Tokens x[b, :count[b]] follow the start[b] tokens already in `state`."""
+        """Tokens x[b, :count[b]] follow the start[b] tokens already in `state`.
+
+        `resident` confines a decode step of a CSA layer to part of its history, and says where
+        that is; other layers and prefill take none.
+        """
         positions = start[:, None] + jnp.arange(x.shape[1])
         latent = self.latent_query(x)
         q = self.queries(latent, positions)
         kv = self.window_entries(x, positions)
-        state = self._compress(x, state, start, count)
+        state = self._compress(x, state, start, count, resident)
         index_q = None
-        if self._selects(state):
+        if resident is not None or self._selects(state):
             assert self.indexer is not None
             index_q = self.indexer.queries(latent, x, positions)
         if x.shape[1] == 1:
             state = dataclasses.replace(state, window=self._push(state.window, kv, start, count))
             window = self._ring_keys(state.window, positions)
-            sets = [window, *self._compressed_keys(state, index_q, positions)]
+            if resident is not None:
+                assert index_q is not None
+                sets = [window, self._resident_keys(state, index_q, positions, resident)]
+            else:
+                sets = [window, *self._compressed_keys(state, index_q, positions)]
             o = self._attend(q, sets)
         else:
+            assert resident is None
             o = self._attend_blocks(q, kv, index_q, state, positions)
             state = dataclasses.replace(state, window=self._push(state.window, kv, start, count))
         return self.output(o, positions), state
@@ -177,7 +188,14 @@ class Attention(nnx.Module):
     def _attend(self, q: Array, sets: list[KeySet]) -> Array:
         return sink_attention(q, sets, self.sink_logit[...], self.cfg.head_dim**-0.5)
 
-    def _compress(self, x: Array, state: LayerState, start: Array, count: Array) -> LayerState:
+    def _compress(
+        self,
+        x: Array,
+        state: LayerState,
+        start: Array,
+        count: Array,
+        resident: Resident | None,
+    ) -> LayerState:
         """Writes the entries and index keys that this chunk completes."""
         if self.compressor is None:
             return state
@@ -185,15 +203,16 @@ class Attention(nnx.Module):
         kv_format = codec.format_of(state.entries)
         new, tail = self.compressor(x, start, count, state.tail)
         values = codec.encode_entries(self.cfg, kv_format, self._simulate_kv(new.values))
-        entries = write_pages(state.entries, values, new.first, new.count)
+        base = 0 if resident is None else resident.base
+        entries = write_pages(state.entries, values, new.first - base, new.count)
         state = dataclasses.replace(state, entries=entries, tail=tail)
         if self.indexer is None:
             return state
         assert state.index_keys is not None and state.index_tail is not None
         new, tail = self.indexer.keys(x, start, count, state.index_tail)
-        keys = write_pages(
-            state.index_keys, codec.encode_keys(kv_format, new.values), new.first, new.count
-        )
+        base = 0 if resident is None else resident.key_base
+        values = codec.encode_keys(kv_format, new.values)
+        keys = write_pages(state.index_keys, values, new.first - base, new.count)
         return dataclasses.replace(state, index_keys=keys, index_tail=tail)
 
     def _selects(self, state: LayerState) -> bool:
@@ -240,9 +259,18 @@ class Attention(nnx.Module):
             mask = indexer.topk_mask(scores, visible, k)
             return [KeySet(codec.decode_entries(self.cfg, flat, self.dtype)[:, None], mask)]
         index, valid = indexer.topk_indices(scores, visible, k)
-        rows = jnp.arange(index.shape[0])[:, None, None]
-        picked = jax.tree.map(lambda plane: plane[rows, index], flat)
+        picked = take_entries(flat, index)
         return [KeySet(codec.decode_entries(self.cfg, picked, self.dtype), valid)]
+
+    def _resident_keys(
+        self, state: LayerState, index_q: tuple[Array, Array], positions: Array, resident: Resident
+    ) -> KeySet:
+        """The top-k of what is resident: level 2 of LSA."""
+        visible = resident.visible(positions, self.cfg.ratio(self.layer_type))
+        scores = indexer.index_scores(*index_q, resident.keys(state))
+        index, valid = indexer.topk_indices(scores, visible, self.cfg.index_topk)
+        picked = resident.entries(state, index)
+        return KeySet(codec.decode_entries(self.cfg, picked, self.dtype), valid)
 
     def _attend_blocks(
         self,

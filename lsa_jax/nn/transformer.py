@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lsa_jax.cache.resident import Resident
 from lsa_jax.cache.state import DecodeState, LayerState, init_state
 from lsa_jax.config import CacheConfig, ComputeConfig, LayerType, MlpType, ModelConfig
 from lsa_jax.nn.attention import Attention
@@ -34,6 +35,28 @@ class Block(nnx.Module):
         self.ffn_norm = RMSNorm(leaves.sub("ffn_norm"), cfg.rms_norm_eps)
         self.ffn = Moe(leaves.sub("ffn"), cfg, compute, mlp_type)
 
+    def attend(
+        self,
+        streams: Float[Array, "B T n D"],
+        state: LayerState,
+        start: Int[Array, " B"],
+        count: Int[Array, " B"],
+        resident: Resident | None = None,
+    ) -> tuple[Float[Array, "B T n D"], LayerState, Float[Array, "B T D"]]:
+        """The attention site. Also returns its input, which the memory indexer reads."""
+        with jax.named_scope("attention"):
+            mixing = self.hc_attn.coefficients(streams)
+            x = self.attn_norm(self.hc_attn.collapse(streams, mixing.pre))
+            out, state = self.attn(x, state, start, count, resident)
+            return self.hc_attn.expand(streams, out, mixing), state, x
+
+    def mix(self, streams: Float[Array, "B T n D"], ids: Int[Array, "B T"]) -> Array:
+        """The MoE site."""
+        with jax.named_scope("moe"):
+            mixing = self.hc_ffn.coefficients(streams)
+            x = self.ffn_norm(self.hc_ffn.collapse(streams, mixing.pre))
+            return self.hc_ffn.expand(streams, self.ffn(x, ids), mixing)
+
     def __call__(
         self,
         streams: Float[Array, "B T n D"],
@@ -43,16 +66,8 @@ class Block(nnx.Module):
         count: Int[Array, " B"],
     ) -> tuple[Float[Array, "B T n D"], LayerState]:
         """Updates the residual streams and this layer's cache."""
-        with jax.named_scope("attention"):
-            mixing = self.hc_attn.coefficients(streams)
-            x = self.attn_norm(self.hc_attn.collapse(streams, mixing.pre))
-            out, state = self.attn(x, state, start, count)
-            streams = self.hc_attn.expand(streams, out, mixing)
-        with jax.named_scope("moe"):
-            mixing = self.hc_ffn.coefficients(streams)
-            x = self.ffn_norm(self.hc_ffn.collapse(streams, mixing.pre))
-            streams = self.hc_ffn.expand(streams, self.ffn(x, ids), mixing)
-        return streams, state
+        streams, state, _ = self.attend(streams, state, start, count)
+        return self.mix(streams, ids), state
 
 
 class Mtp(Block):
@@ -120,6 +135,11 @@ class DeepSeekV4(nnx.Module):
         """Token embeddings, unscaled (2.1)."""
         return self.embed.weight[...][ids].astype(self.dtype)
 
+    def streams(self, ids: Int[Array, "B T"]) -> Float[Array, "B T n D"]:
+        """The first layer's residual streams: one embedding, n times (2.1)."""
+        x = self.embedding(ids)
+        return jnp.broadcast_to(x[:, :, None], (*ids.shape, self.cfg.hc_mult, x.shape[-1]))
+
     def __call__(
         self, ids: Int[Array, "B T"], state: DecodeState, count: Int[Array, " B"]
     ) -> tuple[Float[Array, "B T n D"], DecodeState]:
@@ -128,8 +148,7 @@ class DeepSeekV4(nnx.Module):
         Works from any offset and for any T, so it is prefill, chunked prefill and decode. Streams
         of padding tokens are meaningless and leave no trace in the state.
         """
-        x = self.embedding(ids)
-        streams = jnp.broadcast_to(x[:, :, None], (*ids.shape, self.cfg.hc_mult, x.shape[-1]))
+        streams = self.streams(ids)
         layers = []
         for i, (block, layer) in enumerate(zip(self.layers, state.layers, strict=True)):
             with jax.named_scope(f"layer_{i}"):

@@ -1,0 +1,61 @@
+"""What a CSA layer's own indexer may pick from when part of its history is elsewhere.
+
+A *column* is one entry that the layer can read in this step; columns are in ascending order of
+entry, so that equal scores go to the earliest entry, as with everything resident.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lsa_jax.cache import codec
+from lsa_jax.cache.state import LayerState, flat_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """One layer's columns. Lives while a step is traced.
+
+    `entry[b, n]` is the entry in column n of row b, -1 where it must not be read. The layer's
+    `entries` planes begin at entry `base[b]`, its `index_keys` planes at `key_base[b]`: new ones
+    are written there. `keys` and `entries` fetch from wherever the bytes are, given the layer's
+    state after this step's new entries were written.
+    """
+
+    entry: Int[Array, "B N"]
+    base: Int[Array, " B"]
+    key_base: Int[Array, " B"]
+    keys: Callable[[LayerState], codec.Planes]  # -> [B, N, ...]
+    entries: Callable[[LayerState, Int[Array, "B T k"]], codec.Planes]  # columns -> [B, T, k, ...]
+
+    def visible(self, positions: Int[Array, "B T"], ratio: int) -> Bool[Array, "B T N"]:
+        """Columns whose entry may be read and is complete at a position (4.4)."""
+        entry = self.entry[:, None]
+        return (entry >= 0) & (entry < ((positions + 1) // ratio)[..., None])
+
+
+def take_entries(planes: codec.Planes, index: Int[Array, "B T k"]) -> codec.Planes:
+    """Entries [B, N, ...] at indices of their own row -> [B, T, k, ...]."""
+    rows = jnp.arange(index.shape[0])[:, None, None]
+    return jax.tree.map(lambda plane: plane[rows, index], planes)
+
+
+def masked(readable: Bool[Array, "B N"]) -> Resident:
+    """Everything is in the layer's state; entries that are not readable are left out."""
+    index = jnp.arange(readable.shape[1], dtype=jnp.int32)
+    zeros = jnp.zeros((readable.shape[0],), jnp.int32)
+    return Resident(
+        entry=jnp.where(readable, index, -1),
+        base=zeros,
+        key_base=zeros,
+        keys=lambda state: flat_entries(_some(state.index_keys)),
+        entries=lambda state, column: take_entries(flat_entries(_some(state.entries)), column),
+    )
+
+
+def _some(planes: codec.Planes | None) -> codec.Planes:
+    assert planes is not None
+    return planes

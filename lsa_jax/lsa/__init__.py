@@ -1,0 +1,1 @@
+"""Lookahead Sparse Attention: which pages are on the device, and how they get there."""

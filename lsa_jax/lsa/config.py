@@ -1,0 +1,65 @@
+"""How a request is decoded with part of its KV elsewhere: which arm, and its settings."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from lsa_jax.config_checks import number, refusal
+from lsa_jax.lsa.budget import Budget
+from lsa_jax.lsa.policy import PolicyConfig
+
+Arm = Literal["lsa", "recency", "random", "lagged", "quest", "snapkv", "oracle"]
+ResidentPath = Literal["paged", "gathered", "mask"]
+SIMULATED: tuple[Arm, ...] = ("lagged", "oracle")  # arms that score all history of every layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LsaConfig:
+    """Settings of two-level decoding. Plain Python; static under jit.
+
+    `arm` says where page scores come from:
+      - "lsa": the memory indexer.
+      - "recency", "random": the newest pages, a random choice that stays as it is.
+      - "quest": upper bounds of the target layers' own index scores by page extrema, no training.
+      - "snapkv": what the prompt's last tokens looked at, chosen once.
+      - "lagged": what the native indexers picked in the last cycle; "oracle": what they will pick
+        in the next one, found by running it twice. Both score all of the history in every layer, so
+        their device bytes are simulated: resident_path must be "mask".
+
+    `targets` are CSA ordinals whose index keys stay on the device. A resident set serves
+    `lookahead` steps. `budget` bounds KV bytes on the device; without one, `policy.recall_pages`
+    bounds the pages of each row, by default as many as released settings recall (3 of 32).
+    `resident_path` is how level 2 is confined: "paged" (a pool of pages that changes by what is
+    new), "gathered" (the set copied to one place, whole, at each boundary) or "mask" (everything
+    on the device; bytes are simulated). `fallback` is the missed attention mass, as estimated, from
+    which on a request's budget grows, up to everything; None never grows it. `host_limit` bounds
+    the bytes of host memory; `seed` draws for "random".
+    """
+
+    targets: tuple[int, ...]
+    arm: Arm = "lsa"
+    lookahead: int = 64
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    budget: Budget | None = None
+    resident_path: ResidentPath = "paged"
+    fallback: float | None = None
+    host_limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.arm not in get_args(Arm):
+            raise refusal("attention", self.arm, f"one of {get_args(Arm)}")
+        if self.resident_path not in get_args(ResidentPath):
+            raise refusal("resident_path", self.resident_path, f"one of {get_args(ResidentPath)}")
+        if self.arm in SIMULATED and self.resident_path != "mask":
+            raise refusal("resident_path", self.resident_path, f"mask with attention {self.arm}")
+        if number("lookahead", self.lookahead, int) < 1:
+            raise refusal("lookahead", self.lookahead, ">= 1")
+        if self.fallback is not None and not 0 < number("fallback", self.fallback, float) < 1:
+            raise refusal("fallback", self.fallback, "in (0, 1), a share of attention mass")
+        if self.host_limit is not None and number("host_limit", self.host_limit, int) < 1:
+            raise refusal("host_limit", self.host_limit, "at least 1 byte")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether device bytes are what they would be, not what they are."""
+        return self.resident_path == "mask"

@@ -1,0 +1,216 @@
+"""The memory indexer, level 1 of LSA: scores every entry once per lookahead (LSA spec 2.1).
+
+For each target layer, a widened copy of the backbone's lightning indexer scores that layer's own
+index keys from that layer's attention input (after the hyper-connection mix and its norm):
+
+    logit[n] = sum_h w[h] * relu(q[h] . k[n]),   w = W x / sqrt(head_dim * heads),
+
+with queries through a low rank, RMSNorm, RoPE at the token's absolute position and the Hadamard
+rotation that stored keys already have. An all-zero key has logit 0 and probability exactly 0.5.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from lsa_jax import quant
+from lsa_jax.cache import codec
+from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig, leaf_name, leaf_shapes
+from lsa_jax.nn import rope
+from lsa_jax.nn.layers import matmul, precision, rms_normalise
+
+SCORE_BLOCK_BYTES = 32 << 20  # per-head scores held at once: large enough to keep a GPU busy
+_BLOCK_MULTIPLE = 128  # keys in a block come in multiples of this, for the matrix units
+
+
+def rope_frequencies(cfg: IndexerConfig) -> np.ndarray:
+    """Angle per position of each channel pair, float32 [rope_head_dim / 2]."""
+    dim, base = cfg.rope_head_dim, cfg.rope_theta
+    freqs = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if cfg.yarn is not None:
+        ramp = rope._yarn_ramp(dim, base, cfg.yarn)
+        freqs = freqs * (1 - ramp) + freqs / cfg.yarn.factor * ramp
+    return freqs.astype(np.float32)
+
+
+def random_leaves(
+    cfg: IndexerConfig, key: Array, dtype: DTypeLike = jnp.float32
+) -> dict[str, Array]:
+    """Leaves to train from: norms of one, an even ensemble, matrices that keep the variance."""
+    leaves: dict[str, Array] = {}
+    for i, (name, shape) in enumerate(leaf_shapes(cfg).items()):
+        if name == ENSEMBLE_LEAF:
+            leaves[name] = jnp.zeros(shape, dtype)
+        elif len(shape) == 1:
+            leaves[name] = jnp.ones(shape, dtype)
+        else:
+            scale = jnp.asarray(shape[-1] ** -0.5, dtype)
+            leaves[name] = scale * jax.random.normal(jax.random.fold_in(key, i), shape, dtype)
+    return leaves
+
+
+def _score_block(
+    q: Float[Array, "B H K"], w: Float[Array, "B H"], planes: codec.Planes
+) -> Float[Array, "B N"]:
+    """Logits of one block of keys, float32. A key's scale is positive: relu lets it through."""
+    dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16  # holds e4m3 exactly
+    keys, scale = codec.decode_keys(planes, dtype)
+    dots = jnp.einsum(
+        "bhk,bnk->bhn",
+        q.astype(dtype),
+        keys,
+        precision=precision(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    logits = jnp.sum(jax.nn.relu(dots) * w[..., None], axis=1)
+    return logits if scale is None else logits * scale
+
+
+def _rows(plane: Array, start: Array, count: int) -> Array:
+    """Rows of axis 1. One-byte floats are cut out as bytes: CPU compilers would otherwise convert
+    the whole plane first."""
+    if plane.dtype == jnp.float8_e4m3fn:
+        codes = _rows(jax.lax.bitcast_convert_type(plane, jnp.uint8), start, count)
+        return jax.lax.bitcast_convert_type(codes, plane.dtype)
+    return jax.lax.dynamic_slice_in_dim(plane, start, count, axis=1)
+
+
+def score_keys(
+    q: Float[Array, "B H K"],
+    w: Float[Array, "B H"],
+    planes: codec.Planes,
+    *,
+    block_bytes: int = SCORE_BLOCK_BYTES,
+) -> Float[Array, "B N"]:
+    """sum_h w[h] * relu(q[h] . k) for N keys, float32, in blocks of keys.
+
+    `q` is float32, bfloat16 or e4m3 (whose scales are in `w`); keys are decoded block by block, in
+    float32 for float32 queries, else in bfloat16. One block's per-head scores take at most about
+    `block_bytes`. The last block begins early enough to be full: it repeats some of the one before.
+    """
+    n = jax.tree.leaves(planes)[0].shape[1]
+    most = max(1, block_bytes // (4 * math.prod(q.shape[:2])))
+    if n <= most:
+        return _score_block(q, w, planes)
+    block = -(-n // -(-n // most))
+    block = min(n, -(-block // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE)
+
+    def score(i: Int[Array, ""], out: Array) -> Array:
+        start = jnp.minimum(i * block, n - block)
+        part = jax.tree.map(lambda plane: _rows(plane, start, block), planes)
+        return jax.lax.dynamic_update_slice_in_dim(out, _score_block(q, w, part), start, 1)
+
+    out = jnp.zeros((q.shape[0], n), jnp.float32)
+    return jax.lax.fori_loop(0, -(-n // block), score, out)
+
+
+class Retriever(nnx.Module):
+    """The weights of one target layer; matrices are [out, in]."""
+
+    def __init__(self, leaves: Mapping[str, Array], ordinal: int):
+        def param(name: str, *axes: str | None) -> nnx.Param:
+            return nnx.Param(leaves[leaf_name(ordinal, name)], axes=axes)
+
+        self.wq_a = param("wq_a.weight", None, None)
+        self.q_norm_weight = param("q_norm_weight", None)
+        self.wq_b = param("wq_b.weight", "index_heads", None)
+        self.weights_proj = param("weights_proj.weight", "index_heads", None)
+
+
+class MemoryIndexer(nnx.Module):
+    """One retriever per target layer, in the order of `cfg.target_layers`, and their ensemble.
+
+    `leaves` maps `leaf_shapes(cfg)`'s names to arrays; missing, unknown or misshapen ones raise
+    ValueError. Parameters keep their dtype: projections run in it, except that query_mode "float32"
+    computes everything in float32.
+    """
+
+    def __init__(self, cfg: IndexerConfig, leaves: Mapping[str, Array]):
+        want = leaf_shapes(cfg)
+        got = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        if got != want:
+            names = sorted(n for n in want.keys() | got.keys() if want.get(n) != got.get(n))
+            faults = "; ".join(f"{n} must be {want.get(n)}, got {got.get(n)}" for n in names)
+            raise ValueError(f"leaves must fit the indexer's configuration: {faults}")
+        self.cfg = cfg
+        self.freqs = tuple(map(float, rope_frequencies(cfg)))
+        self.retrievers = nnx.List([Retriever(leaves, i) for i in cfg.target_layers])
+        learned = cfg.ensemble == "learned"
+        self.ensemble_weight = nnx.Param(leaves[ENSEMBLE_LEAF], axes=(None,)) if learned else None
+
+    def leaves(self) -> dict[str, Array]:
+        """The parameters by their released names; the constructor takes them back."""
+        out: dict[str, Array] = {}
+        for ordinal, layer in zip(self.cfg.target_layers, self.retrievers, strict=True):
+            out[leaf_name(ordinal, "wq_a.weight")] = layer.wq_a[...]
+            out[leaf_name(ordinal, "q_norm_weight")] = layer.q_norm_weight[...]
+            out[leaf_name(ordinal, "wq_b.weight")] = layer.wq_b[...]
+            out[leaf_name(ordinal, "weights_proj.weight")] = layer.weights_proj[...]
+        if self.ensemble_weight is not None:
+            out[ENSEMBLE_LEAF] = self.ensemble_weight[...]
+        return out
+
+    def queries(
+        self, i: int, x: Float[Array, "B D"], positions: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B H K"], Float[Array, "B H"]]:
+        """What the i-th target layer scores with: rotated queries and float32 head weights.
+
+        Queries are float32, bfloat16 or e4m3 by `cfg.query_mode`; weights include 1/sqrt(K H) and,
+        for e4m3, the query's scale. `positions` are absolute token positions, from 0.
+        """
+        cfg, layer = self.cfg, self.retrievers[i]
+        dtype = jnp.float32 if cfg.query_mode == "float32" else layer.wq_a.dtype
+
+        def project(weight: nnx.Param, x: Array) -> Array:
+            return matmul(x.astype(dtype), weight[...].astype(dtype), jnp.float32)
+
+        latent = rms_normalise(project(layer.wq_a, x), cfg.norm_eps, layer.q_norm_weight[...])
+        q = project(layer.wq_b, latent).reshape(-1, cfg.n_heads, cfg.head_dim)
+        if cfg.query_mode == "bfloat16":  # a pair of casts, which compilers may drop, would not do
+            q = jax.lax.reduce_precision(q, exponent_bits=8, mantissa_bits=7)
+        q = quant.hadamard(rope.rotate(q, positions, np.asarray(self.freqs, np.float32)))
+        w = project(layer.weights_proj, x) * (cfg.head_dim**-0.5 * cfg.n_heads**-0.5)
+        if cfg.query_mode != "fp8":
+            return q.astype(cfg.query_mode), w
+        codes = codec.encode_keys("fp8", q)
+        assert isinstance(codes, codec.Fp8Keys)
+        return codes.values, w * codes.scale
+
+    def layer_logits(
+        self, i: int, x: Float[Array, "B D"], positions: Int[Array, " B"], keys: codec.Planes
+    ) -> Float[Array, "B N"]:
+        """Logits of the i-th target layer for its own N index keys (planes [B, N, ...]), float32.
+
+        Any N; entries that do not exist yet are scored like others and are the caller's to drop.
+        """
+        q, w = self.queries(i, x, positions)
+        return score_keys(q, w, keys)
+
+    def __call__(
+        self,
+        hidden: Float[Array, "L B D"],
+        positions: Int[Array, " B"],
+        keys: Sequence[codec.Planes],
+    ) -> Float[Array, "L B N"]:
+        """Logits of all target layers: `hidden[l]` and `keys[l]` are those of target layer l."""
+        count = len(self.cfg.target_layers)
+        if hidden.shape[0] != count or len(keys) != count:
+            got = f"got {hidden.shape[0]} and {len(keys)}"
+            raise ValueError(f"hidden and keys must be those of {count} target layers, {got}")
+        layers = range(count)
+        return jnp.stack([self.layer_logits(i, hidden[i], positions, keys[i]) for i in layers])
+
+    def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
+        """Probability of each entry: max or mean of the layers' sigmoids, or, learned, the sigmoid
+        of sum_l softmax(weight)[l] * logits[l]."""
+        if self.ensemble_weight is not None:
+            share = jax.nn.softmax(self.ensemble_weight[...].astype(jnp.float32))
+            return jax.nn.sigmoid(jnp.sum(share[:, None, None] * logits, axis=0))
+        probability = jax.nn.sigmoid(logits)
+        reduce = jnp.max if self.cfg.ensemble == "max" else jnp.mean
+        return reduce(probability, axis=0)

@@ -1,0 +1,62 @@
+"""How scores become a resident set: the settings, in plain Python (LSA spec 2.4, 2.6)."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from lsa_jax.config_checks import number, refusal
+
+Policy = Literal["budget", "published", "threshold", "top"]
+MAX_THRESHOLD = 1 - 2**-24  # the largest float32 below 1: scores are compared in float32
+MAX_COUNT = 2**31 - 1  # entries and pages are counted in int32
+
+
+def check_threshold(field: str, value: object) -> None:
+    """Refuse a threshold that is not strictly between 0 and 1 in float32."""
+    if not 0 < number(field, value, float) <= MAX_THRESHOLD:
+        raise refusal(field, value, "in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Settings of `resident_set.select`; static under jit. Scores are ensemble sigmoids.
+
+    `policy`:
+      - "budget" (ours): pages with an entry to keep, most worth first, up to the allowed pages.
+      - "threshold" (published Mode A, spec 2.4): every page with an entry to keep, and so exactly
+        the published entries where a page is one entry. It is "budget" with room for everything,
+        under a name of its own so that a report says which was meant.
+      - "published" (published Mode B, spec 2.6): the `recall_pages` pages densest in entries above
+        the threshold, the newest and the first pages forced, the page in formation counted too.
+      - "top": the highest pages whatever the threshold says; for arms that must fill a budget.
+
+    An entry is kept when its score is strictly above `threshold`, when it is among the last
+    `recency` entries or the first `sink` ones. `cap` (0: none) bounds the kept entries of a row:
+    recent and first ones stay, then the highest scores. `sticky` keeps what was resident before.
+    `recall_pages` bounds the pages of each row; None leaves that to the budget.
+    """
+
+    policy: Policy = "budget"
+    threshold: float = 0.5
+    recency: int = 2048
+    sink: int = 0
+    cap: int = 0
+    sticky: bool = False
+    recall_pages: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            raise refusal("policy", self.policy, f"one of {get_args(Policy)}")
+        check_threshold("threshold", self.threshold)
+        for name in ("recency", "sink", "cap"):
+            if not 0 <= number(name, getattr(self, name), int) <= MAX_COUNT:
+                raise refusal(name, getattr(self, name), "an int in [0, 2^31)")
+        pages = self.recall_pages
+        if pages is not None and not 1 <= number("recall_pages", pages, int) <= MAX_COUNT:
+            raise refusal("recall_pages", pages, "None or an int in [1, 2^31)")
+        if not isinstance(self.sticky, bool):
+            raise refusal("sticky", self.sticky, "true or false")
+        if self.policy in ("published", "top"):
+            if self.cap:
+                raise refusal("cap", self.cap, f"0 with policy {self.policy!r}")
+            if self.sticky:
+                raise refusal("sticky", self.sticky, f"false with policy {self.policy!r}")

@@ -1,0 +1,95 @@
+"""How many pages may be on the device: budgets, in the terms of `accounting`."""
+
+import dataclasses
+
+from lsa_jax.config import CacheConfig, ModelConfig
+from lsa_jax.lsa import accounting, budget
+from lsa_jax.lsa.accounting import Offload, Placement
+from lsa_jax.lsa.config import LsaConfig
+from lsa_jax.lsa.policy import PolicyConfig
+
+_PUBLISHED_SHARE = 3 / 32  # of a row's pages: 384 of 4,096 at 1M
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """Pages that rows of given lengths may have. Plain arithmetic, in occupied bytes."""
+
+    cfg: ModelConfig
+    cache: CacheConfig
+    lsa: LsaConfig
+    fresh_entries: int  # per row, as allocated
+
+    def complete_pages(self, tokens: int) -> int:
+        """Complete pages of a row."""
+        return tokens // self.cfg.csa_ratio // self.cache.page_entries
+
+    def row_pages(self, capacity: int) -> int | None:
+        """Pages that each row may have, where that is what bounds them; None under a budget."""
+        if self.lsa.policy.recall_pages is not None:
+            return self.lsa.policy.recall_pages
+        if self.lsa.budget is not None or self.lsa.policy.policy == "threshold":
+            return None
+        pages = self.complete_pages(capacity)
+        return max(
+            1, forced_pages(self.lsa.policy, pages, self.cache), int(pages * _PUBLISHED_SHARE)
+        )
+
+    def allowed(self, lengths: tuple[int, ...], capacity: int, *, strict: bool = False) -> int:
+        """Pages of all rows together once they have these lengths in tokens (0: no request).
+
+        `strict` refuses a budget below its floor with ConfigError, as an admission must; later on,
+        what the floor takes too much is taken from the pages.
+        """
+        live = [n for n in lengths if n]
+        total = sum(self.complete_pages(n) for n in live)
+        if self.lsa.budget is not None:
+            total = min(total, self._affordable(tuple(live), strict))
+        each = self.row_pages(capacity)
+        return total if each is None else min(total, each * len(live))
+
+    def _affordable(self, lengths: tuple[int, ...], strict: bool) -> int:
+        assert self.lsa.budget is not None
+        at = self.placement(lengths, resident_pages=0, pool_pages=0)
+        layout = accounting.layout_of(self.cache.kv_format)
+        figures = accounting.footprint(self.cfg, layout, at)
+        page = accounting.record_of(self.cfg, layout, at)
+        full, fixed = figures.full_occupied, figures.occupied.kv
+        if not strict:
+            return max(0, self.lsa.budget.limit(full) - fixed) // page
+        forced = sum(
+            forced_pages(self.lsa.policy, self.complete_pages(n), self.cache) for n in lengths
+        )
+        return budget.allowed_pages(self.lsa.budget, full, fixed, page, forced_pages=forced)
+
+    def placement(
+        self,
+        lengths: tuple[int, ...],
+        *,
+        resident_pages: int,
+        pool_pages: int,
+        capacity: int | None = None,
+        table_pages: int = 0,
+        staging_bytes: int = 0,
+    ) -> Placement:
+        """These rows in the terms of the calculator."""
+        return Placement(
+            lengths=lengths,
+            targets=self.lsa.targets,
+            capacity=capacity,
+            page_entries=self.cache.page_entries,
+            offload=Offload(
+                pool_pages=pool_pages,
+                resident_entries=resident_pages * self.cache.page_entries,
+                fresh_entries=self.fresh_entries,
+                table_pages=table_pages,
+                staging_bytes=staging_bytes,
+            ),
+        )
+
+
+def forced_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
+    """Complete pages, of so many, that recency and sink can force at most."""
+    recent = -(-policy.recency // cache.page_entries)
+    sink = -(-policy.sink // cache.page_entries)
+    return min(pages, recent + sink)

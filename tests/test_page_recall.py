@@ -1,0 +1,156 @@
+"""Recall of pages: the definition against NumPy, the kernel's logic interpreted, what is declined.
+
+The compiled kernels need a GPU; `evals.bench_lsa` verifies their bytes there.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.page_recall import IMPLEMENTATIONS, page_recall, pallas_triton, triton_gpu
+
+SLOTS = 7
+
+
+def draw(seed: int, rows: int, *counts: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Distinct random bytes: a pool of SLOTS records, and a segment of each count."""
+    rng = np.random.default_rng(seed)
+    blocks = [rng.integers(0, 256, (n, rows, 128), np.uint8) for n in (SLOTS, *counts)]
+    return blocks[0], blocks[1:]
+
+
+def in_numpy(pool: np.ndarray, segments: list[np.ndarray], src: list[int], dst: list[int]):
+    host, out = np.concatenate(segments), pool.copy()
+    for row, slot in zip(src, dst, strict=True):
+        if 0 <= row < len(host) and 0 <= slot < len(pool):
+            out[slot] = host[row]
+    return out
+
+
+def arguments(pool: np.ndarray, segments: list[np.ndarray], src: list[int], dst: list[int]):
+    indices = [jnp.asarray(x, jnp.int32) for x in (src, dst)]
+    return jnp.asarray(pool), tuple(map(jnp.asarray, segments)), *indices
+
+
+CASES = {
+    "one segment": ((5,), [4, 0, 2], [6, 1, 3]),
+    "rows on both sides of a segment's end": ((3, 3, 2), [2, 3, 5, 6, 7], [0, 1, 2, 3, 4]),
+    "padding between entries": ((4,), [-1, 3, -1, 1], [2, 5, 0, 4]),
+    "padding that names no slot": ((4,), [1, -1, -1], [3, -1, -1]),
+    "nothing to do": ((4,), [-1, -1], [0, 1]),
+    "one host row in two slots": ((4,), [2, 2], [0, 6]),
+    "a row or a slot that does not exist": ((2, 2), [4, 1, 0, 3], [1, SLOTS, -2, 5]),
+    "no entries": ((3,), [], []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_definition_copies_named_records_and_nothing_else(case: str) -> None:
+    counts, src, dst = CASES[case]
+    pool, segments = draw(0, 3, *counts)
+    got = page_recall(*arguments(pool, segments, src, dst), impl="xla")
+    np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
+
+
+# a record below, at and above one chunk of 128 rows, with tails that a chunk does not divide
+@pytest.mark.parametrize("rows", [1, 5, 127, 128, 129, 260, 384])
+def test_the_gpu_kernel_copies_whole_records_when_interpreted(rows: int) -> None:
+    counts, src, dst = (3, 2), [4, -1, 2, 0], [1, 2, 6, 3]
+    pool, segments = draw(rows, rows, *counts)
+    got = pallas_triton.page_recall(*arguments(pool, segments, src, dst), interpret=True)
+    np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "no entries"])
+def test_the_gpu_kernel_is_the_definition_when_interpreted(case: str) -> None:
+    counts, src, dst = CASES[case]
+    pool, segments = draw(1, 66, *counts)
+    got = pallas_triton.page_recall(*arguments(pool, segments, src, dst), interpret=True)
+    np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
+
+
+@pytest.mark.parametrize("record", [128, 640, 16_256, 16_384, 16_512, 37_504, 1_012_224])
+def test_chunks_cover_every_byte_of_a_record_in_aligned_powers_of_two(record: int) -> None:
+    chunk = triton_gpu.chunk_bytes(record)
+    starts = [min(i * chunk, record - chunk) for i in range(-(-record // chunk))]
+    assert chunk <= triton_gpu.CHUNK_BYTES and chunk & (chunk - 1) == 0
+    assert all(start % 128 == 0 for start in starts)
+    covered = np.zeros(record, bool)
+    for start in starts:
+        covered[start : start + chunk] = True
+    assert covered.all()
+
+
+def test_the_pool_is_donated_so_that_recall_needs_no_second_one() -> None:
+    pool, segments, src, dst = arguments(*draw(2, 2, 3), [1], [4])
+    page_recall(pool, segments, src, dst)
+    assert pool.is_deleted() and not segments[0].is_deleted()
+
+
+def test_recall_compiles_to_an_update_in_place() -> None:
+    pool, segments, src, dst = arguments(*draw(3, 64, 4), [1, 2], [4, 0])
+    compiled = page_recall.lower(pool, segments, src, dst).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == pool.nbytes
+    staged = src.size * pool.nbytes // SLOTS
+    assert memory.temp_size_in_bytes <= staged + 1024  # the records, never the pool
+
+
+def test_recall_is_part_of_a_larger_program() -> None:
+    pool, segments = draw(4, 2, 4)
+
+    @jax.jit
+    def boundary(pool, segments, src, dst):
+        return page_recall(pool, segments, src + 1, dst) ^ jnp.uint8(255)
+
+    got = boundary(*arguments(pool, segments, [0, -2], [3, 4]))
+    np.testing.assert_array_equal(got, in_numpy(pool, segments, [1, -1], [3, 4]) ^ 255)
+
+
+def test_the_definition_declines_segments_in_host_memory() -> None:
+    pool, segments, src, dst = arguments(*draw(5, 2, 4), [1], [3])
+    host = jax.device_put(segments[0], segments[0].sharding.with_memory_kind("pinned_host"))
+    with pytest.raises(Unsupported, match="xla: segments must be in device memory"):
+        page_recall(pool, (host,), src, dst)
+
+
+@pytest.mark.parametrize("impl", sorted(set(IMPLEMENTATIONS) - {"xla"}))
+def test_a_named_kernel_never_falls_back(impl: str) -> None:
+    with pytest.raises(Unsupported, match=f"{impl}: needs"):
+        page_recall(*arguments(*draw(6, 2, 4), [1], [3]), impl=impl)
+
+
+def test_an_unknown_implementation_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match="got 'cuda'"):
+        page_recall(*arguments(*draw(7, 2, 4), [1], [3]), impl="cuda")
+
+
+def test_the_pallas_kernel_declines_offsets_beyond_32_bits() -> None:
+    shapes = [(4, 1 << 14, 128), (1 << 10, 1 << 14, 128), (2,), (2,)]
+    types = [jnp.uint8, jnp.uint8, jnp.int32, jnp.int32]
+    planned: list[Any] = list(map(jax.ShapeDtypeStruct, shapes, types))
+    pool, segment, src, dst = planned
+    with pytest.raises(Unsupported, match=r"under 2\^31 bytes, got 2147483648"):
+        pallas_triton.page_recall(pool, (segment,), src, dst, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"segments": ()}, "segments must name at least one array"),
+        ({"segments": (np.zeros((4, 3, 128), np.uint8),)}, r"segments\[0\] must be uint8 \[\*, 2,"),
+        ({"segments": (np.zeros((4, 2, 128), np.int8),)}, "got int8"),
+        ({"pool": np.zeros((4, 2, 64), np.uint8)}, r"pool must be uint8 \[\*, 2, 128\], got"),
+        ({"src": np.zeros((1, 1), np.int32)}, r"src must be int32 \[1\], got"),
+        ({"dst": np.zeros(2, np.int32)}, r"dst must be int32 \[1\], got int32 \[2\]"),
+    ],
+)
+def test_arguments_of_another_shape_or_type_are_named(change: dict, why: str) -> None:
+    names = ("pool", "segments", "src", "dst")
+    good = dict(zip(names, arguments(*draw(8, 2, 4), [1], [3]), strict=True))
+    with pytest.raises(ValueError, match=why):
+        page_recall(**(good | change))
