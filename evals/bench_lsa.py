@@ -6,7 +6,7 @@ Contents are synthetic: times and bytes do not depend on them. 1M = 2^20 tokens.
 process of its own, because the peak of device memory only grows, and so that a fault in one kernel
 leaves the other parts their device:
 
-    recall     pages from pinned host memory into the pool, by each kernel, beside its peers
+    recall     pages from pinned host memory into the pool, beside its peers
     level1     scoring of all entries by the three target layers' retrievers
     published  peak memory of a boundary (fire, select, assign, recall) at the published 384 pages
     budget     the same under a budget of 10 % of full KV

@@ -1,4 +1,4 @@
-"""`evals.bench_lsa`, part "recall": kernels that read pinned host memory, and their peers."""
+"""`evals.bench_lsa`, part "recall": the kernel that reads pinned host memory, and its peers."""
 
 import concurrent.futures
 import functools
@@ -71,7 +71,7 @@ class Recall:
 
 
 def measure_recall(shapes: Shapes, repeats: int) -> dict[str, Any]:
-    """Cold recall and turnover by each kernel, with their peers and the bus's bandwidth."""
+    """Cold recall and turnover, with their peers and the bus's bandwidth."""
     bandwidth = host_bandwidth()
     say(f"host to device by device_put: {bandwidth / 2**30:.1f} GiB/s")
     host = random_records(shapes, shapes.pages, seed=0)
@@ -82,19 +82,15 @@ def measure_recall(shapes: Shapes, repeats: int) -> dict[str, Any]:
     for name, seconds in recall_peers(shapes, host, cold, repeats).items():
         result[name] = {"ms": round(seconds * 1e3, 3)}
         say(f"peer, {name}, {cold} pages: {result[name]}")
+    impl = "triton" if on_gpu() else "xla"
     layouts = {"1 GiB segments": SEGMENT_BYTES, "one segment": host.nbytes}
     for layout, nbytes in layouts.items():
         segments = in_segments(shapes, host, nbytes)
-        for impl in ("pallas_triton", "triton") if on_gpu() else ("xla",):
-            for name, count in (("cold", cold), ("turnover", turnover)):
-                key = f"{name}, {impl}, {layout}"
-                try:
-                    result[key] = _one_recall(
-                        Recall(shapes, host, slots, count), segments, impl, repeats, bandwidth
-                    )
-                except Exception as why:  # whatever a kernel's compiler raises: the others go on
-                    result[key] = {"failed": f"{type(why).__name__}: {why}"}
-                say(f"{key}, {count} pages: {result[key]}")
+        for name, count in (("cold", cold), ("turnover", turnover)):
+            key = f"{name}, {impl}, {layout}"
+            recall = Recall(shapes, host, slots, count)
+            result[key] = _one_recall(recall, segments, impl, repeats, bandwidth)
+            say(f"{key}, {count} pages: {result[key]}")
         del segments
     return result
 

@@ -48,7 +48,7 @@ class Printer:
 @contextlib.contextmanager
 def _prefill_progress(session: Session, tokens: int) -> Iterator[Callable[[int], None] | None]:
     """Progress of a prefill that takes more than one chunk."""
-    if tokens <= session.engine.prefill_chunk:
+    if tokens <= session.prefill_chunk:
         yield None
         return
     with cli.token_progress(tokens, "prefill") as advance:

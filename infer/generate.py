@@ -5,9 +5,11 @@ import sys
 
 import jax
 
-from infer import console, prompts, report
+from infer import console, lsa_report, prompts, report
+from infer.lsa_options import Plan, make_plan
+from infer.lsa_session import LsaTurns
 from infer.options import Options, parse
-from infer.session import Session
+from infer.session import FullSession, Replies, Session
 from lsa_jax import cli, model_io, shardings
 from lsa_jax.config import ModelConfig
 from lsa_jax.engine import Engine
@@ -18,10 +20,12 @@ from lsa_jax.text.tokenizer import Tokenizer
 def generate(options: Options) -> None:
     """Checks everything that can be checked cheaply, loads the model, and runs."""
     report.check_writable(options)
+    lsa_report.check_plot(options)
     cfg = model_io.read_config(options.ckpt)
     tokenizer = prompts.load_tokenizer(options, cfg)
     prompt = None if options.chat else prompts.read_prompt(options, tokenizer, cfg)
-    session = open_session(options, cfg, tokenizer)
+    plan = read_plan(options, cfg, prompt)
+    session = open_session(options, cfg, tokenizer, plan)
     try:
         if prompt is not None:
             console.answer(options, session, prompt, tokenizer)
@@ -29,24 +33,51 @@ def generate(options: Options) -> None:
             console.chat(options, session, tokenizer)
     finally:
         report.write_outputs(options, session, tokenizer)
+        if isinstance(session, LsaTurns):
+            lsa_report.write_outputs(options, session)
         report.print_summary(session)
 
 
-def open_session(options: Options, cfg: ModelConfig, tokenizer: Tokenizer | None) -> Session:
+def read_plan(options: Options, cfg: ModelConfig, prompt: list[int] | None) -> Plan | None:
+    """How LSA runs, if it does; a single prompt is held to the budget's floor here."""
+    if options.lsa.attention == "full":
+        return None
+    cache = options.cache(options.compute(jax.default_backend()))
+    plan = make_plan(options.lsa, cfg, cache, seed=options.seed)
+    if prompt is not None:
+        plan.check_room(cfg, cache, len(prompt) + options.max_new_tokens)
+    return plan
+
+
+def open_session(
+    options: Options, cfg: ModelConfig, tokenizer: Tokenizer | None, plan: Plan | None
+) -> Session:
     """Loads the model. Text ends at the model's EOS and at the tokenizer's."""
     mesh = None if options.mesh is None else shardings.make_mesh(*options.mesh)
     compute = options.compute(jax.default_backend())
     print(f"loading {options.ckpt}", file=sys.stderr)
     model = model_io.load_model(options.ckpt, compute=compute, mesh=mesh)
-    engine = Engine(model, options.cache(compute), prefill_chunk=options.prefill_chunk, mesh=mesh)
     stop = {cfg.eos_token_id} | (set() if tokenizer is None else {tokenizer.eos_id})
-    return Session(
-        engine,
-        make_sampler(options.temperature, options.top_k, options.top_p),
+    replies = Replies(
+        sampler=make_sampler(options.temperature, options.top_k, options.top_p),
         seed=options.seed,
-        stop=() if options.ignore_eos else sorted(stop),
+        stop=() if options.ignore_eos else tuple(sorted(stop)),
         max_new_tokens=options.max_new_tokens,
         keep_logits=options.dump_logits is not None,
+    )
+    cache = options.cache(compute)
+    if plan is None:
+        engine = Engine(model, cache, prefill_chunk=options.prefill_chunk, mesh=mesh)
+        return FullSession(engine, replies)
+    return LsaTurns(
+        model,
+        cache,
+        plan,
+        replies,
+        prefill_chunk=options.prefill_chunk,
+        grows=options.chat,
+        fingerprint=str(options.ckpt),
+        mesh=mesh,
     )
 
 

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from infer import arguments
+from infer.arguments import flag
+from infer.lsa_options import LsaOptions, add_lsa
 from lsa_jax import cli
 from lsa_jax.config import Backend, CacheConfig, ComputeConfig, ComputeDType, ConfigError, KVFormat
 
@@ -47,23 +48,38 @@ class Options:
     mesh: tuple[int, int, int] | None
     dump_logits: Path | None
     json: Path | None
+    lsa: LsaOptions
 
     def __post_init__(self) -> None:
-        given = [_flag(name) for name in _SOURCES if getattr(self, name) not in (None, False)]
+        given = [flag(name) for name in _SOURCES if getattr(self, name) not in (None, False)]
         if len(given) != 1:
-            wanted = "exactly one of " + ", ".join(map(_flag, _SOURCES))
+            wanted = "exactly one of " + ", ".join(map(flag, _SOURCES))
             raise ConfigError(f"the prompt must be {wanted}, got {' and '.join(given) or 'none'}")
         plain = "--raw" if self.raw else "--prompt-ids" if self.prompt_ids is not None else None
         for name in ("chat", "raw", "system", "thinking"):
-            if plain and plain != _flag(name) and getattr(self, name) not in (None, False):
-                raise ConfigError(f"{_flag(name)} needs the message format, {plain} goes without")
+            if plain and plain != flag(name) and getattr(self, name) not in (None, False):
+                raise ConfigError(f"{flag(name)} needs the message format, {plain} goes without")
         if self.hide_thinking and not self.thinking:
             raise ConfigError("--hide-thinking needs --thinking")
         if self.temperature == 0 and (self.top_k != 0 or self.top_p != 1):
             raise ConfigError("--top-k and --top-p need --temperature > 0: 0 is greedy decoding")
-        if self.dump_logits is not None and (self.chat or self.dump_logits == self.json):
-            other = "--chat" if self.chat else "--json of the same file"
-            raise ConfigError(f"--dump-logits cannot be combined with {other}")
+        if self.dump_logits is not None and self.chat:
+            raise ConfigError("--dump-logits cannot be combined with --chat")
+        files: dict[Path, str] = {}
+        for name, path in self.outputs():
+            if path in files:
+                raise ConfigError(f"{name} cannot be combined with {files[path]} of the same file")
+            files[path] = name
+
+    def outputs(self) -> list[tuple[str, Path]]:
+        """Options that name files to write, and the files."""
+        named = {
+            "--json": self.json,
+            "--dump-logits": self.dump_logits,
+            "--report": self.lsa.report,
+            "--plot": self.lsa.plot,
+        }
+        return [(name, path) for name, path in named.items() if path is not None]
 
     def compute(self, backend: str) -> ComputeConfig:
         """Arithmetic on a JAX backend ("cpu", "gpu", "tpu")."""
@@ -82,45 +98,6 @@ class Options:
         return CacheConfig(kv_format=kv_format, page_entries=self.page_entries)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _checked[T: (int, float)](
-    kind: type[T], accepts: Callable[[T], bool], wanted: str
-) -> Callable[[str], T]:
-    """A type for argparse: numbers of one kind within bounds."""
-
-    def convert(text: str) -> T:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return value
-
-    return convert
-
-
-_positive = _checked(int, lambda n: n >= 1, "an integer >= 1")
-_natural = _checked(int, lambda n: n >= 0, "an integer >= 0")
-_temperature = _checked(float, lambda x: 0 <= x < math.inf, "a finite number >= 0")
-_probability = _checked(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
-_seed = _checked(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2^32)")
-
-
-def _mesh(text: str) -> tuple[int, int, int]:
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) for part in parts):
-        wanted = "three positive integers DATA,EXPERT,TENSOR"
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-    data, expert, tensor = map(int, parts)
-    if data != 1:  # the data axis splits rows, and there is one
-        raise argparse.ArgumentTypeError(f"must have DATA = 1 for one sequence, got {text!r}")
-    return data, expert, tensor
-
-
 def parse(argv: list[str] | None) -> Options:
     """The options; bad ones end the process with one line and exit code 2."""
     parser = cli.Parser(
@@ -130,9 +107,12 @@ def parse(argv: list[str] | None) -> Options:
     _add_prompt(parser)
     _add_sampling(parser)
     _add_machine(parser)
+    add_lsa(parser)
     _add_output(parser)
+    given = vars(parser.parse_args(argv))
     try:
-        return Options(**vars(parser.parse_args(argv)))
+        lsa = LsaOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(LsaOptions)})
+        return Options(**given, lsa=lsa)
     except ConfigError as why:
         parser.error(str(why))
 
@@ -161,12 +141,14 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-new-tokens", type=_natural, default=256, help="default 256")
+    group.add_argument("--max-new-tokens", type=arguments.natural, default=256, help="default 256")
     group.add_argument("--ignore-eos", action="store_true", help="do not stop at EOS")
-    group.add_argument("--temperature", type=_temperature, default=0.0, help="default 0: greedy")
-    group.add_argument("--top-p", type=_probability, default=1.0, help="default 1: off")
-    group.add_argument("--top-k", type=_natural, default=0, help="default 0: off")
-    group.add_argument("--seed", type=_seed, default=0, help="default 0")
+    group.add_argument(
+        "--temperature", type=arguments.temperature, default=0.0, help="default 0: greedy"
+    )
+    group.add_argument("--top-p", type=arguments.probability, default=1.0, help="default 1: off")
+    group.add_argument("--top-k", type=arguments.natural, default=0, help="default 0: off")
+    group.add_argument("--seed", type=arguments.seed, default=0, help="default 0")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
@@ -198,15 +180,21 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefill-chunk",
-        type=_positive,
+        type=arguments.positive,
         default=1024,
         help="tokens per prefill step, rounded up to a power of two; default 1024",
     )
     group.add_argument(
-        "--page-entries", type=_positive, default=CacheConfig.page_entries, help="default 64"
+        "--page-entries",
+        type=arguments.positive,
+        default=CacheConfig.page_entries,
+        help="default 64",
     )
     group.add_argument(
-        "--mesh", type=_mesh, metavar="DATA,EXPERT,TENSOR", help="spread over devices; DATA is 1"
+        "--mesh",
+        type=arguments.mesh,
+        metavar="DATA,EXPERT,TENSOR",
+        help="spread over devices; DATA is 1",
     )
 
 

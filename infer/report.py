@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +25,7 @@ def _partial(path: Path) -> Path:
 
 def check_writable(options: Options) -> None:
     """Raises ConfigError unless every output file can be created; touches none that exists."""
-    for flag, path in (("--json", options.json), ("--dump-logits", options.dump_logits)):
-        if path is None:
-            continue
+    for flag, path in options.outputs():
         wanted = f"{flag} must be a file that can be written, got {path}"
         try:
             if path.exists() and not path.is_file():  # a directory, a device
@@ -39,7 +38,7 @@ def check_writable(options: Options) -> None:
             raise ConfigError(f"{wanted}: {getattr(why, 'strerror', why)}") from why
 
 
-def _write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
+def write(path: Path, content: Callable[[IO[bytes]], object]) -> None:
     """Writes beside `path` and renames: readers find the old file or the whole new one."""
     try:
         with _partial(path).open("wb") as file:
@@ -55,13 +54,13 @@ def write_outputs(options: Options, session: Session, tokenizer: Tokenizer | Non
     """Writes the files that were asked for, from what there is: after Ctrl-C too."""
     if options.json is not None:
         content = json.dumps(as_json(options, session, tokenizer), indent=1).encode()
-        _write(options.json, lambda file: file.write(content))
+        write(options.json, lambda file: file.write(content))
     if options.dump_logits is not None and session.logits:
         turn = session.turns[0]
         ids = np.array(turn.prompt_ids + turn.ids, np.int32)
         rows = len(turn.prompt_ids) + turn.decoded
         logits = np.concatenate(session.logits)[:rows]
-        _write(options.dump_logits, lambda file: np.savez(file, ids=ids, logits=logits))
+        write(options.dump_logits, lambda file: np.savez(file, ids=ids, logits=logits))
 
 
 def _speed(tokens: int, seconds: float) -> dict[str, float | None]:
@@ -87,9 +86,7 @@ def as_json(options: Options, session: Session, tokenizer: Tokenizer | None) -> 
     def text(ids: list[int]) -> str | None:
         return None if tokenizer is None else tokenizer.decode(ids, skip_special=True)
 
-    engine, device = session.engine, jax.devices()[0]
     ids = [id_ for turn in session.turns for id_ in turn.ids]
-    settings = {name: _plain(value) for name, value in dataclasses.asdict(options).items()}
     return {
         "ids": ids,
         "text": text(ids),
@@ -104,22 +101,36 @@ def as_json(options: Options, session: Session, tokenizer: Tokenizer | None) -> 
             for turn in session.turns
         ],
         **_speeds(session.turns),
-        "compile_seconds": engine.compile_seconds,
-        "compilations": engine.compilations,
+        "compile_seconds": session.compile_seconds,
+        "compilations": session.compilations,
         "kv_bytes": {**session.kv_bytes, "total": sum(session.kv_bytes.values())},
         "kv_capacity_tokens": session.capacity,
-        "model_bytes": model_bytes(engine.model),
+        "model_bytes": model_bytes(session.model),
+        **circumstances(options, session),
+    }
+
+
+def circumstances(options: Options, session: Session) -> dict[str, Any]:
+    """On what and with which settings it ran."""
+    device = jax.devices()[0]
+    settings = dataclasses.asdict(options)
+    settings |= settings.pop("lsa")
+    return {
         "device": device.device_kind,
         "platform": device.platform,
-        "devices": 1 if engine.mesh is None else engine.mesh.size,
+        "devices": 1 if session.mesh is None else session.mesh.size,
         "jax_version": jax.__version__,
-        "dtype": engine.model.compute.dtype,
-        "kv_format": engine.cache.kv_format,
-        "settings": settings,
+        "dtype": session.model.compute.dtype,
+        "kv_format": session.cache.kv_format,
+        "settings": {name: _plain(value) for name, value in settings.items()},
     }
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, dict):  # a budget: bytes or a share
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, Fraction):
+        return float(value)
     return str(value) if isinstance(value, Path) else value
 
 
@@ -132,10 +143,9 @@ def print_summary(session: Session) -> None:
         return "-" if value is None else f"{value:,.1f} tokens/s"
 
     new = sum(len(turn.ids) for turn in session.turns)
-    kv = sum(session.kv_bytes.values()) / 1e6
     print(
         f"{speeds['prefill']['tokens']} prompt and {new} new tokens; prefill {rate('prefill')}, "
-        f"decode {rate('decode')}; KV {kv:,.2f} MB ({session.engine.cache.kv_format}); "
-        f"compilation {session.engine.compile_seconds:.1f} s",
+        f"decode {rate('decode')}; {session.kv_summary}; "
+        f"compilation {session.compile_seconds:.1f} s",
         file=sys.stderr,
     )

@@ -1,5 +1,6 @@
-"""One conversation on one engine: its decode state, and what was said and how fast."""
+"""One conversation: what was said and how fast. `lsa_session` has the one with LSA."""
 
+import abc
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,10 +8,15 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lsa_jax.cache.state import DecodeState, kv_bytes
-from lsa_jax.engine import Engine, capacity_for
+from lsa_jax.config import CacheConfig, ConfigError
+from lsa_jax.engine import Burst, Engine, capacity_for
+from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.sampling import Sampler
+
+Progress = Callable[[int], None]  # called with the number of tokens done
 
 
 @dataclasses.dataclass
@@ -35,58 +41,95 @@ class Turn:
         return max(0, len(self.ids) - 1)
 
 
-class Session:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replies:
+    """How replies are drawn and where they end."""
+
+    sampler: Sampler
+    seed: int
+    stop: tuple[int, ...]
+    max_new_tokens: int
+    keep_logits: bool = False
+
+
+class Session(abc.ABC):
     """Turns of one sequence; each is `prefill`, then `generate` run to its end.
 
-    The decode state stays between turns, so only new tokens are prefilled; its capacity doubles
-    when it is full. `logits` holds one host array [tokens, V] per engine call if `keep_logits`.
+    The decode state stays between turns, so only new tokens are prefilled. `logits` holds one host
+    array [tokens, V] per prefill and burst if `replies.keep_logits`.
     """
 
+    prefill_chunk: int
+    capacity = 0  # tokens that there is room for
+
     def __init__(
-        self,
-        engine: Engine,
-        sampler: Sampler,
-        *,
-        seed: int,
-        stop: Sequence[int],
-        max_new_tokens: int,
-        keep_logits: bool = False,
-    ):
-        self.engine, self.sampler, self.stop = engine, sampler, tuple(stop)
-        self.max_new_tokens, self.keep_logits = max_new_tokens, keep_logits
+        self, model: DeepSeekV4, cache: CacheConfig, mesh: Mesh | None, replies: Replies
+    ) -> None:
+        self.model, self.cache, self.mesh, self.replies = model, cache, mesh, replies
         self.turns: list[Turn] = []
         self.logits: list[np.ndarray] = []
-        self.capacity = 0
-        self.kv_bytes: dict[str, int] = {}
-        self._key = jax.random.key(seed)
-        self._state: DecodeState | None = None
+        self._key = jax.random.key(replies.seed)
         self._fed = 0  # tokens in the state
         self._pending: list[int] = []  # drawn, but not fed yet
         self._token: jax.Array | None = None
 
-    def prefill(
-        self, prompt_ids: Sequence[int], progress: Callable[[int], None] | None = None
-    ) -> None:
+    @property
+    @abc.abstractmethod
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+
+    @property
+    @abc.abstractmethod
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+
+    @property
+    @abc.abstractmethod
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of the decode state on the device, as allocated, by component."""
+
+    @property
+    @abc.abstractmethod
+    def kv_summary(self) -> str:
+        """What the KV cache takes, in words."""
+
+    @abc.abstractmethod
+    def _reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens in all, or raises ConfigError and changes nothing."""
+
+    @abc.abstractmethod
+    def _extend(self, ids: list[int], progress: Progress | None) -> jax.Array | np.ndarray:
+        """Feeds a prompt; logits [1, V] after it, or [tokens, V] with `keep_logits`."""
+
+    @abc.abstractmethod
+    def _draw(self, logits: jax.Array | np.ndarray) -> jax.Array:
+        """The token [1] after a prompt, from logits [1, V]."""
+
+    @abc.abstractmethod
+    def _stream(self, token: jax.Array) -> Iterator[Burst]:
+        """Bursts of decode steps until the reply ends."""
+
+    def prefill(self, prompt_ids: Sequence[int], progress: Progress | None = None) -> None:
         """Begins a turn: appends the prompt and draws the first token.
 
-        `progress` is called with the number of tokens done. Raises ConfigError, leaving the session
-        as it was, where prompt and reply do not fit the model's context.
+        Raises ConfigError, leaving the session as it was, where prompt and reply have no room.
         """
         ids = [*self._pending, *prompt_ids]
-        state = self._room_for(self._fed + len(ids) + self.max_new_tokens)
+        self._reserve(self._fed + len(ids) + self.replies.max_new_tokens)
         turn = Turn(list(prompt_ids))
         self.turns.append(turn)
         began = self._clock()
-        logits, self._state = self.engine.prefill(
-            state, [ids], all_logits=self.keep_logits, progress=progress
-        )
+        try:
+            logits = self._extend(ids, progress)
+        except ConfigError:
+            self.turns.pop()
+            raise
         turn.prefilled = len(ids)
         self._fed, self._pending = self._fed + len(ids), []
-        if isinstance(logits, list):  # all of them, one array a row
-            self.logits.append(logits[0])
-            logits = logits[0][-1:]
-        if self.max_new_tokens:
-            self._token = self.engine.sample(logits, self.sampler, self._key, self._state)
+        if self.replies.keep_logits:
+            self.logits.append(np.asarray(logits))
+        if self.replies.max_new_tokens:
+            self._token = self._draw(logits[-1:])
             turn.ids.append(int(self._token[0]))
         jax.block_until_ready(logits)
         turn.prefill_seconds = self._clock() - began
@@ -98,22 +141,15 @@ class Session:
         for tokens in self._bursts(turn) if turn.ids else ():
             yield from tokens
         self._pending = turn.ids[-1:]
-        turn.ended = "stop" if self._pending and self._pending[0] in self.stop else "length"
+        stopped = self._pending and self._pending[0] in self.replies.stop
+        turn.ended = "stop" if stopped else "length"
 
     def _bursts(self, turn: Turn) -> Iterator[list[int]]:
-        assert self._state is not None and self._token is not None  # prefill has run
-        stream = self.engine.stream(
-            self._state,
-            self._token,
-            max_new_tokens=self.max_new_tokens,
-            sampler=self.sampler,
-            key=self._key,
-            stop=self.stop,
-            keep_logits=self.keep_logits,
-        )
+        assert self._token is not None  # prefill has run
+        stream = self._stream(self._token)
         while True:
             began = self._clock()
-            burst, self._state = next(stream, (None, self._state))
+            burst = next(stream, None)
             if burst is None:
                 return
             count = int(np.asarray(burst.count)[0])
@@ -125,8 +161,41 @@ class Session:
             self._fed += count
             yield tokens
 
-    def _room_for(self, tokens: int) -> DecodeState:
-        """The state, with room for `tokens`."""
+    def _clock(self) -> float:
+        """Seconds that were not spent compiling, from an arbitrary start."""
+        return time.perf_counter() - self.compile_seconds
+
+
+class FullSession(Session):
+    """With all KV on the device; the state's capacity doubles when it is full."""
+
+    def __init__(self, engine: Engine, replies: Replies):
+        super().__init__(engine.model, engine.cache, engine.mesh, replies)
+        self.engine, self.prefill_chunk = engine, engine.prefill_chunk
+        self._state: DecodeState | None = None
+        self._kv_bytes: dict[str, int] = {}
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return self.engine.compile_seconds
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        return self.engine.compilations
+
+    @property
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of the decode state, as allocated, by component."""
+        return self._kv_bytes
+
+    @property
+    def kv_summary(self) -> str:
+        """Bytes as allocated."""
+        return f"KV {sum(self.kv_bytes.values()) / 1e6:,.2f} MB ({self.cache.kv_format})"
+
+    def _reserve(self, tokens: int) -> None:
         capacity = capacity_for(tokens, self.engine.cfg.max_position_embeddings)
         if self._state is None:
             self._state = self.engine.start(batch=1, capacity=capacity)
@@ -134,9 +203,31 @@ class Session:
             self._state = self.engine.grow(self._state, capacity)
         if capacity > self.capacity:
             self.capacity = capacity
-            self.kv_bytes = kv_bytes(self.engine.cfg, self._state)
-        return self._state
+            self._kv_bytes = kv_bytes(self.engine.cfg, self._state)
 
-    def _clock(self) -> float:
-        """Seconds that were not spent compiling, from an arbitrary start."""
-        return time.perf_counter() - self.engine.compile_seconds
+    def _extend(self, ids: list[int], progress: Progress | None) -> jax.Array | np.ndarray:
+        assert self._state is not None
+        keep = self.replies.keep_logits
+        logits, self._state = self.engine.prefill(
+            self._state, [ids], all_logits=keep, progress=progress
+        )
+        return logits[0] if isinstance(logits, list) else logits
+
+    def _draw(self, logits: jax.Array | np.ndarray) -> jax.Array:
+        assert self._state is not None
+        return self.engine.sample(logits, self.replies.sampler, self._key, self._state)
+
+    def _stream(self, token: jax.Array) -> Iterator[Burst]:
+        assert self._state is not None
+        stream = self.engine.stream(
+            self._state,
+            token,
+            max_new_tokens=self.replies.max_new_tokens,
+            sampler=self.replies.sampler,
+            key=self._key,
+            stop=self.replies.stop,
+            keep_logits=self.replies.keep_logits,
+        )
+        for burst, state in stream:
+            self._state = state
+            yield burst

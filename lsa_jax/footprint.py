@@ -15,8 +15,8 @@ from fractions import Fraction
 from typing import Any, get_args
 
 from lsa_jax import cli, config_io
-from lsa_jax.config import ConfigError, ModelConfig
-from lsa_jax.lsa import accounting, budget, flops, targets
+from lsa_jax.config import CacheConfig, ConfigError, ModelConfig
+from lsa_jax.lsa import accounting, budget, flops, room, targets
 from lsa_jax.lsa.accounting import Footprint, Layout, Offload, Placement
 from lsa_jax.lsa.budget import Budget
 from lsa_jax.lsa.policy import PolicyConfig
@@ -107,15 +107,17 @@ def _offload(args: argparse.Namespace, cfg: ModelConfig, at: Placement) -> Offlo
     """The pool: what was asked for, and no more pages than there are."""
     rows, per = len(at.lengths), at.page_entries
     # The published server keeps entries in formation in pages; ours in a buffer beside them.
-    fresh = 0 if args.layout == "pages584" else per + -(-args.lookahead // cfg.csa_ratio)
+    ours = args.layout != "pages584"
+    fresh = per * accounting.fresh_pages(cfg.csa_ratio, per, args.lookahead) if ours else 0
     path_i = args.path_i is not False
     empty = Offload(pool_pages=0, resident_entries=0, path_i=path_i, fresh_entries=fresh)
     at = dataclasses.replace(at, offload=empty)
-    hosted = (at.entries(cfg) - at.in_formation(cfg)) // rows
+    formed = at.entries(cfg) // rows
+    hosted = formed - at.in_formation(cfg) // rows
     pages = -(-hosted // per)
     if args.kept_entries is not None:
-        if args.kept_entries > at.entries(cfg) // rows:
-            wanted = f"<= the {at.entries(cfg) // rows:,} entries of the context"
+        if args.kept_entries > formed:
+            wanted = f"<= the {formed:,} entries of the context"
             raise ConfigError(f"kept_entries must be {wanted}, got {args.kept_entries:,}")
         resident = max(0, args.kept_entries - at.in_formation(cfg) // rows)
         pool = -(-resident // per)
@@ -126,7 +128,7 @@ def _offload(args: argparse.Namespace, cfg: ModelConfig, at: Placement) -> Offlo
         empty,
         pool_pages=rows * pool,
         resident_entries=rows * resident,
-        table_pages=pool,
+        table_pages=min(max(1, -(-formed // per)), rows * pool),  # a row may have all of it
         staging_bytes=(args.staging_pages or 0) * accounting.record_of(cfg, args.layout, at),
     )
 
@@ -135,8 +137,11 @@ def _pool_pages(args: argparse.Namespace, cfg: ModelConfig, at: Placement, pages
     """Pool pages for each request, of the `pages` that the host holds of it."""
     if args.recall_pages is not None:
         return args.recall_pages
-    if args.kv_budget is None:
+    if args.kv_budget is None and args.layout == "pages584":
         return -(-pages * _PUBLISHED_SHARE.numerator // _PUBLISHED_SHARE.denominator)
+    if args.kv_budget is None:
+        policy = PolicyConfig(recency=args.recency, sink=args.sink)
+        return room.default_pages(policy, pages, CacheConfig(page_entries=at.page_entries))
     rows = len(at.lengths)
     # As resident_set.forced_pages, of those that the host holds.
     first_recent = max(0, (at.entries(cfg) // rows - args.recency) // at.page_entries)
@@ -307,7 +312,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--requests", type=_count(1, 100_000), default=1, help="equal requests at once")
     add("--attention", choices=("full", "lsa"), default="full")
     kept = parser.add_mutually_exclusive_group()
-    pages = "pages on the device, per request (default: 3/32 of all, as published)"
+    pages = "pages on the device, per request (default: 3/32 of all, or those that are forced)"
     kept.add_argument("--recall-pages", type=natural, help=pages)
     entries = "CSA entries on the device, per request, those in formation too"
     kept.add_argument("--kept-entries", type=natural, help=entries)

@@ -15,7 +15,7 @@ from generate_runs import CONFIG, SHARED, call, write_bare_source, write_checkpo
 from jax.experimental.compilation_cache import compilation_cache
 
 from infer import console
-from infer.session import Session
+from infer.session import FullSession, Replies
 from lsa_jax import cli, convert, model_io
 from lsa_jax.cache import codec
 from lsa_jax.config import CacheConfig, ComputeConfig
@@ -168,8 +168,9 @@ def test_a_second_chat_turn_equals_a_fresh_prefill_of_the_conversation(
 
 
 def test_a_reply_ends_at_its_stop_token_which_the_next_turn_feeds(engine) -> None:
-    def session(stop: tuple[int, ...]) -> Session:
-        return Session(engine, Greedy(), seed=0, stop=stop, max_new_tokens=130)
+    def session(stop: tuple[int, ...]) -> FullSession:
+        replies = Replies(sampler=Greedy(), seed=0, stop=stop, max_new_tokens=130)
+        return FullSession(engine, replies)
 
     free = session(())
     free.prefill(IDS)
@@ -184,14 +185,15 @@ def test_a_reply_ends_at_its_stop_token_which_the_next_turn_feeds(engine) -> Non
     for talk, said in ((free, reply), (stopped, short)):
         talk.prefill([7, 8, 9])
         assert talk.turns[1].prefilled == 4
-        fresh = session(talk.stop)
+        fresh = session(talk.replies.stop)
         fresh.prefill([*IDS, *said, 7, 8, 9])
         assert list(talk.generate()) == list(fresh.generate())
     assert free.capacity == 512  # 170 tokens before the second turn, 133 in it
 
 
 def test_a_turn_without_room_is_refused_and_the_session_goes_on(engine) -> None:
-    session = Session(engine, Greedy(), seed=0, stop=(), max_new_tokens=4)
+    replies = Replies(sampler=Greedy(), seed=0, stop=(), max_new_tokens=4)
+    session = FullSession(engine, replies)
     session.prefill(IDS)
     list(session.generate())
     with pytest.raises(ValueError, match="max_position_embeddings=1048576"):

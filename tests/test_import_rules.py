@@ -23,13 +23,25 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lsa_jax.quant": ("lsa_jax.config",),
     "lsa_jax.shardings": ("lsa_jax.config", "lsa_jax.parameters"),
     "lsa_jax.nn": (
-        *("lsa_jax.nn", "lsa_jax.cache.state", "lsa_jax.cache.codec", "lsa_jax.cache.resident", "pallas_kernels"),
+        *(
+            "lsa_jax.nn",
+            "lsa_jax.cache.state",
+            "lsa_jax.cache.codec",
+            "lsa_jax.cache.resident",
+            "pallas_kernels",
+        ),
         *TENSORS,
     ),
     "lsa_jax.cache": ("lsa_jax.cache", *TENSORS),
     "lsa_jax.checkpoint": ("lsa_jax.checkpoint", "lsa_jax.nn", *TENSORS, *CONFIG),
     "lsa_jax.text": ("lsa_jax.text", "lsa_jax.config"),
     "lsa_jax.engine": ("lsa_jax",),
+    "lsa_jax.lsa": (
+        *("lsa_jax.lsa", "lsa_jax.cache", "lsa_jax.nn", "lsa_jax.checkpoint", "lsa_jax.engine"),
+        *("lsa_jax.sampling", "pallas_kernels", *TENSORS, *CONFIG),
+    ),
+    "lsa_jax.footprint": ("lsa_jax",),
+    "lsa_jax.widen": ("lsa_jax",),
     "lsa_jax.sampling": ("lsa_jax",),
     "lsa_jax.model_io": ("lsa_jax", "pallas_kernels"),
     "lsa_jax.cli": ("lsa_jax",),
@@ -40,7 +52,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evals": ("evals", "infer", "lsa_jax", "pallas_kernels"),
     "train": ("train", "lsa_jax"),
 }
-COMMANDS = ("lsa_jax.cli", "lsa_jax.convert", "lsa_jax.synthesize", "infer", "evals", "train")
+COMMANDS = (
+    "lsa_jax.cli",
+    "lsa_jax.convert",
+    "lsa_jax.synthesize",
+    "lsa_jax.footprint",
+    "lsa_jax.widen",
+    "infer",
+    "evals",
+    "train",
+)
 STDLIB_ONLY = (*CONFIG, "lsa_jax.parameters", "configs")  # readable without starting a backend
 ORACLE = ("torch", "transformers", "accelerate")
 MAY_IMPORT_ORACLE = ("evals.hf_peer",)

@@ -1,6 +1,6 @@
-"""Recall of pages: the definition against NumPy, the kernel's logic interpreted, what is declined.
+"""Recall of pages: the definition against NumPy, the kernel's chunks, what is declined.
 
-The compiled kernels need a GPU; `evals.bench_lsa` verifies their bytes there.
+The kernel needs a GPU; `evals.bench_lsa` verifies its bytes there.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.page_recall import IMPLEMENTATIONS, page_recall, pallas_triton, triton_gpu
+from pallas_kernels.page_recall import IMPLEMENTATIONS, page_recall, triton_gpu
 
 SLOTS = 7
 
@@ -53,23 +53,6 @@ def test_the_definition_copies_named_records_and_nothing_else(case: str) -> None
     counts, src, dst = CASES[case]
     pool, segments = draw(0, 3, *counts)
     got = page_recall(*arguments(pool, segments, src, dst), impl="xla")
-    np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
-
-
-# a record below, at and above one chunk of 128 rows, with tails that a chunk does not divide
-@pytest.mark.parametrize("rows", [1, 5, 127, 128, 129, 260, 384])
-def test_the_gpu_kernel_copies_whole_records_when_interpreted(rows: int) -> None:
-    counts, src, dst = (3, 2), [4, -1, 2, 0], [1, 2, 6, 3]
-    pool, segments = draw(rows, rows, *counts)
-    got = pallas_triton.page_recall(*arguments(pool, segments, src, dst), interpret=True)
-    np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
-
-
-@pytest.mark.parametrize("case", [name for name in CASES if name != "no entries"])
-def test_the_gpu_kernel_is_the_definition_when_interpreted(case: str) -> None:
-    counts, src, dst = CASES[case]
-    pool, segments = draw(1, 66, *counts)
-    got = pallas_triton.page_recall(*arguments(pool, segments, src, dst), interpret=True)
     np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
 
 
@@ -127,15 +110,6 @@ def test_a_named_kernel_never_falls_back(impl: str) -> None:
 def test_an_unknown_implementation_is_refused_by_name() -> None:
     with pytest.raises(Unsupported, match="got 'cuda'"):
         page_recall(*arguments(*draw(7, 2, 4), [1], [3]), impl="cuda")
-
-
-def test_the_pallas_kernel_declines_offsets_beyond_32_bits() -> None:
-    shapes = [(4, 1 << 14, 128), (1 << 10, 1 << 14, 128), (2,), (2,)]
-    types = [jnp.uint8, jnp.uint8, jnp.int32, jnp.int32]
-    planned: list[Any] = list(map(jax.ShapeDtypeStruct, shapes, types))
-    pool, segment, src, dst = planned
-    with pytest.raises(Unsupported, match=r"under 2\^31 bytes, got 2147483648"):
-        pallas_triton.page_recall(pool, (segment,), src, dst, interpret=True)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text("utf-8")
-PACKAGES = ("lsa_jax", "pallas_kernels", "infer", "evals")
-FOLDERS_AS_ONE_LINE = ("pallas_kernels/hc_mix/", "pallas_kernels/grouped_matmul/")
+PACKAGES = ("lsa_jax", "pallas_kernels", "infer", "train", "evals")
+OPERATIONS = ("hc_mix", "grouped_matmul", "page_recall")
+FOLDERS_AS_ONE_LINE = tuple(f"pallas_kernels/{name}/" for name in OPERATIONS)
 
 
 def layout() -> Iterator[str]:

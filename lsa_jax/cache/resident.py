@@ -30,6 +30,10 @@ class Resident:
     key_base: Int[Array, " B"]
     keys: Callable[[LayerState], codec.Planes]  # -> [B, N, ...]
     entries: Callable[[LayerState, Int[Array, "B T k"]], codec.Planes]  # columns -> [B, T, k, ...]
+    # Where the layer notes the columns that it picked, and which of them count.
+    picked: list[tuple[Int[Array, "B T k"], Bool[Array, "B T k"]]] = dataclasses.field(
+        default_factory=list
+    )
 
     def visible(self, positions: Int[Array, "B T"], ratio: int) -> Bool[Array, "B T N"]:
         """Columns whose entry may be read and is complete at a position (4.4)."""

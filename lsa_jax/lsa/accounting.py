@@ -86,6 +86,13 @@ def page_bytes(cfg: ModelConfig, layout: Layout, page_entries: int) -> PageBytes
     )
 
 
+def fresh_pages(csa_ratio: int, page_entries: int, lookahead: int) -> int:
+    """Pages of a row's fresh buffer: the entries of an incomplete page at a boundary, and those
+    that form before the next one."""
+    most = page_entries - 1 + -(-lookahead // csa_ratio)
+    return -(-most // page_entries)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Offload:
     """What LSA keeps on the device of the pages that the host holds.

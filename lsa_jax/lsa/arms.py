@@ -12,13 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax.cache import codec
 from lsa_jax.lsa.boundary import target_keys
-from lsa_jax.lsa.config import LsaConfig
+from lsa_jax.lsa.config import Arm, LsaConfig
 from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.nn.attention import visible_entries
 from lsa_jax.nn.lightning_indexer import topk_mask
 from lsa_jax.nn.transformer import DeepSeekV4
+
+OBSERVING: tuple[Arm, ...] = ("snapkv", "lagged")  # arms that count what a prompt's end looked at
 
 
 def policy_of(lsa: LsaConfig) -> PolicyConfig:
@@ -41,7 +43,11 @@ def scores(
     state: LsaState,
     seen: Float[Array, "B N"] | None,
 ) -> Float[Array, "B n"]:
-    """Scores at the rows' last tokens. `seen` are the prompt's votes ("snapkv" only)."""
+    """Scores at the rows' last tokens.
+
+    `seen` are the votes of the prompt's last tokens ("snapkv" only), `state.votes` those of the
+    cycle that ended ("lagged"; after a prompt, of its last tokens) or of the next one ("oracle").
+    """
     keys = target_keys(plan, state)
     pages = plan.pages_of(state)
     if lsa.arm == "lsa":
@@ -51,13 +57,20 @@ def scores(
         newest = jnp.arange(pages, dtype=jnp.float32)
         return jnp.broadcast_to(newest, (state.lengths.shape[0], pages))
     if lsa.arm == "random":
-        draw = jax.random.uniform(jax.random.key(lsa.seed), (pages,))
+        draw = _draws(lsa.seed, pages)
         return jnp.broadcast_to(draw, (state.lengths.shape[0], pages))
     if lsa.arm == "quest":
         return _quest(plan, model, state, keys)
     votes = seen if lsa.arm == "snapkv" else state.votes
     assert votes is not None
     return jnp.sum(votes.reshape(votes.shape[0], pages, -1), axis=-1)
+
+
+def _draws(seed: int, pages: int) -> Float[Array, "{pages}"]:
+    """A number for each page that depends on the seed and the page alone: growing changes none."""
+    key = jax.random.key(seed)
+    keys = jax.vmap(lambda page: jax.random.fold_in(key, page))(jnp.arange(pages))
+    return jax.vmap(jax.random.uniform)(keys)
 
 
 def _quest(

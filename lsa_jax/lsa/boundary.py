@@ -16,11 +16,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from lsa_jax.cache import codec
 from lsa_jax.cache.state import flat_entries
 from lsa_jax.lsa import resident_set
-from lsa_jax.lsa.level2 import Level2, LsaState, native_scores
+from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.pool_map import Copies, PoolMap, Table, assign
-from lsa_jax.lsa.resident_set import Selection
-from lsa_jax.nn.lightning_indexer import topk_mask
+from lsa_jax.lsa.resident_set import Rescue, Selection
 from lsa_jax.nn.transformer import DeepSeekV4
 
 # Page scores [B, P] of rows whose last token is at position lengths - 1; see `arms`.
@@ -32,27 +31,17 @@ class Where(NamedTuple):
 
     `host_rows` has the host row of each row's complete pages (-1: none), `generations` those of the
     host rows; `due` are the rows whose cycle ends, `allowed` the pages that all of these may have
-    together, `limit` the slots of the pool that may be used, `cycle` a number that grows.
+    together, `extra` those that each may have on top of that (`Rescue`; None without a fallback),
+    `limit` the slots of the pool that may be used, `cycle` a number that grows.
     """
 
     host_rows: Int[Array, "B P"]
     generations: Int[Array, " H"]
     due: Bool[Array, " B"]
     allowed: Int[Array, ""]
+    extra: Int[Array, " B"] | None
     limit: Int[Array, ""]
     cycle: Int[Array, ""]
-
-
-class Misses(NamedTuple):
-    """What the cycle that ended could not read at its last token (spec W10), per row.
-
-    `entries` counts entries that the target layers' own top-k over all of the history takes and
-    that were not readable; `mass` is their share of the softmax of the scores of that top-k, the
-    mean of the target layers: an estimate of the attention mass that level 2 missed.
-    """
-
-    entries: Int[Array, " B"]
-    mass: Float[Array, " B"]
 
 
 class Choice(NamedTuple):
@@ -63,7 +52,6 @@ class Choice(NamedTuple):
     table: Table
     pages: Bool[Array, "B P"]
     selection: Selection
-    misses: Misses
     unplaced: Int[Array, ""]  # pages granted that found no slot: a bug where it is not 0
 
 
@@ -98,23 +86,6 @@ def flush(
     )
 
 
-def missed(plan: Level2, model: DeepSeekV4, state: LsaState, table: Table) -> Misses:
-    """Misses of the cycle that ended, whose table this was, before its pages are flushed."""
-    readable = plan.readable(state, table)
-    entries, mass = jnp.zeros_like(state.lengths), jnp.zeros(state.lengths.shape, jnp.float32)
-    exists = jnp.arange(readable.shape[1]) < (state.lengths // plan.cfg.csa_ratio)[:, None]
-    for n, ordinal in enumerate(plan.targets):
-        i = plan.csa[ordinal]
-        at = state.lengths - 1
-        scores = native_scores(model.layers[i].attn, state.hidden[n], at, state.layers[i])
-        picks = topk_mask(scores, exists, plan.cfg.index_topk)
-        weight = jax.nn.softmax(jnp.where(picks, scores, -jnp.inf), axis=-1)
-        absent = picks & ~readable
-        entries += jnp.sum(absent, axis=-1, dtype=jnp.int32)
-        mass += jnp.sum(jnp.where(absent, weight, 0), axis=-1) / len(plan.targets)
-    return Misses(entries, mass)
-
-
 def choose(
     plan: Level2,
     policy: PolicyConfig,
@@ -122,18 +93,24 @@ def choose(
     state: LsaState,
     pool: PoolMap,
     before: Bool[Array, "B P"],
-    misses: Misses,
     at: Where,
     *,
     by_page: bool,
     width: int,
     threshold: Float[Array, " B"] | None = None,
+    native: Float[Array, "B P"] | None = None,
 ) -> Choice:
-    """The pages of the next cycle, from scores of entries [B, N] or of pages [B, P]."""
+    """The pages of the next cycle, from scores of entries [B, N] or of pages [B, P].
+
+    `native` are the pages' shares of the native top-k, by which `at.extra` is spent.
+    """
     entries = jnp.where(at.due, state.lengths // plan.cfg.csa_ratio, 0)
     per_page = plan.cache.page_entries
     complete = state.base // per_page
     common = {"page_entries": per_page, "allowed": at.allowed, "live": at.due, "previous": before}
+    if at.extra is not None:
+        assert native is not None
+        common |= {"rescue": Rescue(at.extra, native)}
     if by_page:
         selection = resident_set.select_pages(scores, entries, complete, policy, **common)
     else:
@@ -146,13 +123,13 @@ def choose(
         table, cut = _identity(pages, width)
         nothing = jnp.full_like(pool.host_row, -1)
         copies = Copies(nothing, nothing, jnp.int32(0))
-        return Choice(pool, copies, table, pages, selection, misses, cut)
+        return Choice(pool, copies, table, pages, selection, cut)
     if plan.path == "gathered":
-        return _gather_anew(pool, pages, selection, misses, at, width)
+        return _gather_anew(pool, pages, selection, at, width)
     pool, copies, table, unplaced = assign(
         pool, at.host_rows, at.generations, pages, at.limit, at.cycle, width=width
     )
-    return Choice(pool, copies, table, pages, selection, misses, unplaced)
+    return Choice(pool, copies, table, pages, selection, unplaced)
 
 
 def _identity(pages: Bool[Array, "B P"], width: int) -> tuple[Table, Int[Array, ""]]:
@@ -169,7 +146,6 @@ def _gather_anew(
     pool: PoolMap,
     pages: Bool[Array, "B P"],
     selection: Selection,
-    misses: Misses,
     at: Where,
     width: int,
 ) -> Choice:
@@ -188,7 +164,7 @@ def _gather_anew(
     generation = jnp.where(host_row < 0, -1, at.generations[jnp.maximum(host_row, 0)])
     pool = PoolMap(host_row, generation, jnp.where(host_row < 0, -1, at.cycle))
     table = Table(table.pages, jnp.where(held, slot, -1))
-    return Choice(pool, copies, table, pages, selection, misses, cut)
+    return Choice(pool, copies, table, pages, selection, cut)
 
 
 def target_keys(plan: Level2, state: LsaState) -> list[codec.Planes]:

@@ -17,6 +17,7 @@ from lsa_jax.cache.records import RecordLayout
 from lsa_jax.cache.resident import Resident, masked, take_entries
 from lsa_jax.cache.state import LayerState, flat_entries, init_state
 from lsa_jax.config import CacheConfig, ModelConfig
+from lsa_jax.lsa.accounting import fresh_pages
 from lsa_jax.lsa.config import ResidentPath
 from lsa_jax.lsa.memory_indexer import score_keys
 from lsa_jax.lsa.pool_map import Table
@@ -34,14 +35,16 @@ class LsaState:
     CSA layers keep fresh pages only, from entry `base` on (a multiple of the page size); target
     layers' index keys, HCA entries, windows and tails are whole. On the path "mask" everything is
     whole and `base` only says which entries are new. `hidden` are the target layers' attention
-    inputs at the last token. `votes` counts, per entry, the layers and steps since the last
-    boundary whose native top-k had it (None: not counted).
+    inputs at the last token. `reads` counts, per page, what level 2 picked of it since the last
+    boundary, over layers and steps. `votes` counts, per entry, the layers and steps since then
+    whose native top-k had it (None: not counted).
     """
 
     layers: tuple[LayerState, ...]
     lengths: Int[Array, " B"]
     base: Int[Array, " B"]
     hidden: Float[Array, "L B D"]
+    reads: Int[Array, "B P"]
     votes: Float[Array, "B N"] | None
 
 
@@ -61,9 +64,7 @@ class Level2:
         self.cfg, self.cache, self.path, self.count_votes = cfg, cache, path, count_votes
         self.targets, self.csa = targets, csa_layers(cfg)
         self.layout = RecordLayout(cfg, cache, targets)
-        # Entries of an incomplete page at a boundary, and those that form before the next one.
-        most = cache.page_entries - 1 + -(-lookahead // cfg.csa_ratio)
-        self.fresh_pages = -(-most // cache.page_entries)
+        self.fresh_pages = fresh_pages(cfg.csa_ratio, cache.page_entries, lookahead)
 
     @property
     def fresh_tokens(self) -> int:
@@ -102,24 +103,35 @@ class Level2:
         """Feeds one token to the live rows; returns the last layer's streams."""
         ids, count = token[:, None], live.astype(jnp.int32)
         streams = model.streams(ids)
-        layers, hidden, votes = [], [], state.votes
+        layers, hidden, pages, votes = [], [], [], state.votes
         for i, (block, layer) in enumerate(zip(model.layers, state.layers, strict=True)):
             ordinal = self.csa.index(i) if i in self.csa else None
             resident = None
             if ordinal is not None:
-                resident = self._resident(ordinal, state, records, table)
+                resident = self.resident(ordinal, state, records, table)
             with jax.named_scope(f"layer_{i}"):
                 streams, layer, x = block.attend(streams, layer, state.lengths, count, resident)
                 streams = block.mix(streams, ids)
             layers.append(layer)
+            if resident is not None:
+                pages.append(self._picked_pages(resident, live))
             if ordinal in self.targets:
                 hidden.append(x[:, 0])
             if votes is not None and ordinal is not None:
                 picks = self._native_picks(block.attn, x, layer, state.lengths)
                 votes = votes + jnp.where(live[:, None], picks, 0)
         kept = jnp.where(live[:, None], jnp.stack(hidden), state.hidden)
-        new = LsaState(tuple(layers), state.lengths + count, state.base, kept, votes)
+        rows = jnp.arange(live.shape[0])[:, None]
+        read = state.reads.at[rows, jnp.concatenate(pages, axis=1)].add(1, mode="drop")
+        new = LsaState(tuple(layers), state.lengths + count, state.base, kept, read, votes)
         return streams, new
+
+    def _picked_pages(self, resident: Resident, live: Bool[Array, " B"]) -> Int[Array, "B k"]:
+        """Pages of what a layer picked in this step; out of range where it picked nothing."""
+        ((column, valid),) = resident.picked
+        entry = jnp.take_along_axis(resident.entry, column[:, 0], axis=1)
+        there = valid[:, 0] & (entry >= 0) & live[:, None]
+        return jnp.where(there, entry // self.cache.page_entries, jnp.iinfo(jnp.int32).max)
 
     def _native_picks(
         self, attn: Attention, x: Array, layer: LayerState, lengths: Int[Array, " B"]
@@ -140,7 +152,8 @@ class Level2:
         old = jnp.repeat(pages[:, :-1], per_page, axis=1)
         return old | (jnp.arange(n) >= state.base[:, None])
 
-    def _resident(self, ordinal: int, state: LsaState, records: Array, table: Table) -> Resident:
+    def resident(self, ordinal: int, state: LsaState, records: Array, table: Table) -> Resident:
+        """What a CSA layer can read in steps with this table."""
         if self.path == "mask":
             return masked(self.readable(state, table))
         per_page, width = self.cache.page_entries, table.pages.shape[1]
@@ -163,8 +176,11 @@ class Level2:
             count = width * per_page
             old = jnp.minimum(column, count - 1)
             row = jnp.arange(column.shape[0])[:, None, None]
-            slot = slots[row, old // per_page]
-            there = self.layout.take(ordinal, records, slot, old % per_page)
+            slot = table.slots[row, old // per_page]
+            there = self.layout.take(ordinal, records, jnp.maximum(slot, 0), old % per_page)
+            # A column without a page must not show what another request left in the pool: its
+            # weight is zero, but zero times NaN is not.
+            there = _choose(slot < 0, jax.tree.map(jnp.zeros_like, there), there)
             here = take_entries(flat_entries(layer.entries), jnp.maximum(column - count, 0))
             return _choose(column >= count, here, there)
 
@@ -240,4 +256,6 @@ def _start(
     keys = state.layers[csa[targets[0]]].index_keys
     assert keys is not None
     votes = jnp.zeros((batch, codec.capacity(keys)), jnp.float32) if count_votes else None
-    return LsaState(tuple(layers), state.lengths, jnp.zeros_like(state.lengths), hidden, votes)
+    zeros = jnp.zeros_like(state.lengths)
+    reads = jnp.zeros((batch, codec.capacity(keys) // cache.page_entries), jnp.int32)
+    return LsaState(tuple(layers), state.lengths, zeros, hidden, reads, votes)

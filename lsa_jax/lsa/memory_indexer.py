@@ -33,7 +33,7 @@ def rope_frequencies(cfg: IndexerConfig) -> np.ndarray:
     dim, base = cfg.rope_head_dim, cfg.rope_theta
     freqs = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if cfg.yarn is not None:
-        ramp = rope._yarn_ramp(dim, base, cfg.yarn)
+        ramp = rope.yarn_ramp(dim, base, cfg.yarn)
         freqs = freqs * (1 - ramp) + freqs / cfg.yarn.factor * ramp
     return freqs.astype(np.float32)
 

@@ -14,16 +14,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 
 from lsa_jax.cache import codec
+from lsa_jax.cache.records import ROW
 from lsa_jax.cache.state import LayerState, flat_entries
 from lsa_jax.lsa.arms import prompt_votes
+from lsa_jax.lsa.devices import replicate, send
 from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.nn.lightning_indexer import index_scores
 from lsa_jax.nn.transformer import Block, DeepSeekV4
 
-OBSERVED = 32  # last tokens of a prompt whose picks "snapkv" counts
+OBSERVED = 32  # last tokens of a prompt whose picks are counted for the arms that want them
 
 
 # Those rows of the records of a row's complete pages, one slice after the other, uint8 [n, r, 128].
@@ -37,7 +40,7 @@ class Chunk(NamedTuple):
     votes: Float[Array, "1 N"] | None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=(2, 4))
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2, 4))
 def _whole(
     plan: Level2,
     block: Block,
@@ -46,11 +49,11 @@ def _whole(
     layer: LayerState,
     start: Array,
     count: Array,
-    observe: bool,
+    observe: Int[Array, ""] | None,
 ) -> tuple[Array, LayerState, Array, Array | None]:
     """A layer whose cache is all here."""
     streams, layer, x = block.attend(streams, layer, start, count)
-    votes = _observed(plan, block, layer, x, start, count) if observe else None
+    votes = _observed(plan, block, layer, x, start, count, observe)
     return block.mix(streams, ids), layer, _last(x, count), votes
 
 
@@ -58,27 +61,26 @@ def _last(x: Float[Array, "B T D"], count: Int[Array, " B"]) -> Float[Array, "B 
     return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 9), donate_argnums=(4, 6))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 5))
 def _csa(
     plan: Level2,
     like: int,
-    pages: int,
     block: Block,
     streams: Array,
     ids: Array,
     layer: LayerState,
-    history: UInt8[Array, "P r 128"] | None,
+    history: UInt8[Array, "P r 128"],
     at: tuple[Array, Array, Array],
-    observe: bool,
+    observe: Int[Array, ""] | None,
 ) -> tuple[Array, LayerState, Array, Array, Array | None]:
     """A CSA layer: its history unpacked, the chunk, the pages that it completed packed.
 
     `like` is any CSA ordinal with the same kind of record; `at` are start, count and base.
     """
     start, count, base = at
-    whole = _assemble(plan, like, pages, layer, history, base)
+    whole = _assemble(plan, like, layer, history, base)
     streams, whole, x = block.attend(streams, whole, start, count)
-    votes = _observed(plan, block, whole, x, start, count) if observe else None
+    votes = _observed(plan, block, whole, x, start, count, observe)
     streams = block.mix(streams, ids)
     per_page = plan.cache.page_entries
     first = base // per_page
@@ -109,21 +111,15 @@ def _cut(planes: codec.Planes, first: Int[Array, " 1"], count: int) -> codec.Pla
 def _assemble(
     plan: Level2,
     like: int,
-    pages: int,
     layer: LayerState,
-    history: UInt8[Array, "P r 128"] | None,
+    history: UInt8[Array, "P r 128"],
     base: Int[Array, " 1"],
 ) -> LayerState:
     """The layer with all of its pages: history, then the page in formation."""
     assert layer.entries is not None and layer.index_keys is not None
-    lead = (1, pages, plan.cache.page_entries)
     target = like in plan.targets
-    if history is None:
-        entries = codec.empty_entries(plan.cfg, plan.cache, lead)
-        keys = layer.index_keys if target else codec.empty_keys(plan.cfg, plan.cache, lead)
-    else:
-        entries, keys = jax.tree.map(lambda x: x[None], plan.layout.unpack(like, history))
-        keys = layer.index_keys if target else keys
+    entries, keys = jax.tree.map(lambda x: x[None], plan.layout.unpack(like, history))
+    keys = layer.index_keys if target else keys
     first = base[0] // plan.cache.page_entries
 
     def put(x: Array, fresh: Array) -> Array:
@@ -136,9 +132,17 @@ def _assemble(
 
 
 def _observed(
-    plan: Level2, block: Block, whole: LayerState, x: Array, start: Array, count: Array
-) -> Float[Array, "1 N"]:
-    """Votes of the chunk's last tokens in this layer."""
+    plan: Level2,
+    block: Block,
+    whole: LayerState,
+    x: Array,
+    start: Array,
+    count: Array,
+    observe: Int[Array, ""] | None,
+) -> Float[Array, "1 N"] | None:
+    """Votes of the chunk's `observe` <= OBSERVED last tokens in this layer."""
+    if observe is None:
+        return None
     attn = block.attn
     assert attn.indexer is not None and whole.index_keys is not None
     size = min(OBSERVED, x.shape[1])
@@ -147,11 +151,14 @@ def _observed(
     positions = start[:, None] + first + jnp.arange(size)
     q, w = attn.indexer.queries(attn.latent_query(tail), tail, positions)
     scores = index_scores(q, w, flat_entries(whole.index_keys))
-    positions = jnp.where(positions < start + count, positions, -1)  # padding sees nothing
+    end = start[:, None] + count[:, None]
+    counts = (positions < end) & (positions >= end - observe)
+    positions = jnp.where(counts, positions, -1)  # from there nothing is visible
     return prompt_votes(plan, scores, positions)
 
 
 _streams = jax.jit(DeepSeekV4.streams)
+_all_logits = jax.jit(DeepSeekV4.logits)
 
 
 @jax.jit
@@ -168,12 +175,16 @@ def run_chunk(
     count: int,
     read: ReadPages | None,
     *,
-    observe: bool = False,
-) -> tuple[Float[Array, "1 V"], LsaState, Chunk]:
-    """Appends ids[:, :count] to a state of one row; returns logits at the last of them.
+    mesh: Mesh | None = None,
+    observe: int = 0,
+    all_logits: bool = False,
+) -> tuple[Array, LsaState, Chunk]:
+    """Appends ids[:, :count] to a state of one row; returns logits [1, V] at the last of them, or
+    with `all_logits` [1, T, V] at all of them (those past `count` mean nothing).
 
     `read` reads the row's complete pages; None says that there are none. Its fresh pages must hold
-    no complete page. `observe` counts votes of the chunk's last tokens in all CSA layers.
+    no complete page. `mesh` are the devices that the model and the state lie on. The votes of
+    the chunk's `observe` <= OBSERVED last tokens in all CSA layers are counted.
     """
     start, base, counts = state.lengths, state.base, jnp.full((1,), count, jnp.int32)
     pages = plan.pages_of(state)
@@ -181,18 +192,18 @@ def run_chunk(
     layers: list[LayerState] = []
     hidden: list[Array] = []
     packed: list[Array] = []
-    votes = None
+    votes, observed = None, jnp.int32(observe) if observe else None
     for i, (block, layer) in enumerate(zip(model.layers, state.layers, strict=True)):
         if i not in plan.csa or plan.path == "mask":
             streams, layer, x, seen = _whole(
-                plan, block, streams, ids, layer, start, counts, observe and i in plan.csa
+                plan, block, streams, ids, layer, start, counts, observed if i in plan.csa else None
             )
         else:
             ordinal = plan.csa.index(i)
-            slab = None if read is None else _slab(read(plan.layout.spans(ordinal)), pages)
+            slab = _slab(plan.layout.spans(ordinal), read, pages, mesh)
             like = next(o for o in range(ordinal + 1) if plan.same_record(o, ordinal))
             streams, layer, x, rows, seen = _csa(
-                plan, like, pages, block, streams, ids, layer, slab, (start, counts, base), observe
+                plan, like, block, streams, ids, layer, slab, (start, counts, base), observed
             )
             packed.append(rows)
         votes = seen if votes is None else votes if seen is None else votes + seen
@@ -206,16 +217,25 @@ def run_chunk(
         lengths=start + counts,
         base=jnp.full_like(base, done * plan.cache.page_entries),
         hidden=jnp.stack(hidden),
+        reads=state.reads,
         votes=state.votes,
     )
-    return _logits(model, streams, counts), state, Chunk(_records(plan, packed, new), votes)
+    state = replicate(state, mesh)
+    logits = _all_logits(model, streams) if all_logits else _logits(model, streams, counts)
+    return logits, state, Chunk(_records(plan, packed, new), votes)
 
 
-def _slab(pages: np.ndarray, count: int) -> Array:
-    """Pages with zeros after them, on the device: one shape whatever the length."""
-    slab = np.zeros((count, *pages.shape[1:]), np.uint8)
+def _slab(
+    parts: list[slice], read: ReadPages | None, count: int, mesh: Mesh | None
+) -> UInt8[Array, "P r 128"]:
+    """A layer's history with zeros up to `count` pages: one shape, and so one program, whatever
+    the length. Without history the zeros are made on the device."""
+    shape = (count, sum(part.stop - part.start for part in parts), ROW)
+    if read is None:
+        return replicate(jnp.zeros(shape, jnp.uint8), mesh)
+    slab, pages = np.zeros(shape, np.uint8), read(parts)
     slab[: len(pages)] = pages
-    return jnp.asarray(slab)
+    return send(slab, mesh)
 
 
 def _records(plan: Level2, packed: list[Array], new: int) -> np.ndarray:

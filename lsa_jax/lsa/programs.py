@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from lsa_jax.engine import Burst, empty_burst, run_burst
-from lsa_jax.lsa import arms, boundary, resident_set
-from lsa_jax.lsa.boundary import Choice, Misses, Where
+from lsa_jax.lsa import arms, boundary, devices, missed, resident_set
+from lsa_jax.lsa.boundary import Choice, Where
 from lsa_jax.lsa.budget import Calibration
 from lsa_jax.lsa.config import LsaConfig
 from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
+from lsa_jax.lsa.missed import Misses
 from lsa_jax.lsa.pool_map import PoolMap, Table
 from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.sampling import Sampler
@@ -35,20 +37,26 @@ class Programs:
         model: DeepSeekV4,
         indexer: MemoryIndexer | None,
         calibration: Calibration | None,
+        mesh: Mesh | None = None,
     ):
-        self.plan, self.lsa, self.calibration = plan, lsa, calibration
-        self._weights, self._treedef = jax.tree.flatten((model, indexer))
+        self.plan, self.lsa, self.calibration, self.mesh = plan, lsa, calibration, mesh
+        both = (model, devices.replicate(indexer, mesh))
+        self._weights, self._treedef = jax.tree.flatten(both)
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds, self.compilations = 0.0, 0
 
     def _run(self, name: str, static: tuple[Any, ...], donate: tuple[int, ...], *args: Any) -> Any:
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), args)
         at = (name, static, jax.tree.structure(shapes), *jax.tree.leaves(shapes))
+        args = devices.replicate(args, self.mesh)
         if at not in self._compiled:
             begin = time.perf_counter()
             body = functools.partial(getattr(self, f"_{name}"), *static)
-            jitted = jax.jit(body, donate_argnums=tuple(i + 1 for i in donate))
-            self._compiled[at] = jitted.lower(self._weights, *args).compile()
+            results = None if self.mesh is None else devices.everywhere(self.mesh)
+            donated = tuple(i + 1 for i in donate)
+            jitted = jax.jit(body, donate_argnums=donated, out_shardings=results)
+            with devices.using(self.mesh):
+                self._compiled[at] = jitted.lower(self._weights, *args).compile()
             self.compile_seconds += time.perf_counter() - begin
             self.compilations += 1
         return self._compiled[at](self._weights, *args)
@@ -99,12 +107,14 @@ class Programs:
         burst = empty_burst(done, self.lsa.lookahead, vocab)
         return run_burst(forward, state, burst, token, key, steps, sampler=sampler, stop=stop)
 
-    def missed(self, state: LsaState, table: Table) -> Misses:
-        """`boundary.missed`."""
-        return self._run("missed", (), (), state, table)
+    def missed(self, state: LsaState, records: UInt8[Array, "S r 128"], table: Table) -> Misses:
+        """`missed.missed`."""
+        return self._run("missed", (), (), state, records, table)
 
-    def _missed(self, weights: list[Array], state: LsaState, table: Table) -> Misses:
-        return boundary.missed(self.plan, self._model(weights)[0], state, table)
+    def _missed(
+        self, weights: list[Array], state: LsaState, records: Array, table: Table
+    ) -> Misses:
+        return missed.missed(self.plan, self._model(weights)[0], state, records, table)
 
     def flush(self, state: LsaState, due: Bool[Array, " B"]) -> tuple[LsaState, Array, Array]:
         """`boundary.flush`. The state is donated."""
@@ -119,7 +129,6 @@ class Programs:
         state: LsaState,
         pool: PoolMap,
         before: Bool[Array, "B P"],
-        misses: Misses,
         seen: Float[Array, "B N"] | None,
         at: Where,
         *,
@@ -127,7 +136,7 @@ class Programs:
         width: int,
     ) -> Choice:
         """Fires level 1 and assigns the next pages: `boundary.choose`."""
-        args = (state, pool, before, misses, seen, at)
+        args = (state, pool, before, seen, at)
         return self._run("choose", (recall_pages, width), (), *args)
 
     def _choose(
@@ -138,7 +147,6 @@ class Programs:
         state: LsaState,
         pool: PoolMap,
         before: Array,
-        misses: Misses,
         seen: Array | None,
         at: Where,
     ) -> Choice:
@@ -149,6 +157,9 @@ class Programs:
         if self.calibration is not None:
             entries = state.lengths // self.plan.cfg.csa_ratio
             threshold = resident_set.row_thresholds(self.calibration, entries)
+        native = None
+        if at.extra is not None:
+            native = missed.native_share(self.plan, model, state)
         return boundary.choose(
             self.plan,
             policy,
@@ -156,11 +167,11 @@ class Programs:
             state,
             pool,
             before,
-            misses,
             at,
             by_page=arms.by_page(self.lsa),
             width=width,
             threshold=threshold,
+            native=native,
         )
 
 

@@ -1,13 +1,15 @@
 """Recall: host rows -> slots of the device pool, by the best path that the platform has.
 
 On a GPU a kernel reads pinned host memory in place, and the host is not in the loop. Elsewhere the
-host gathers the rows into one slab, which one transfer brings to the device.
+host gathers the rows into one slab, which one transfer brings to the device, or to all of a mesh.
 """
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
+from lsa_jax.lsa.devices import send
 from lsa_jax.lsa.host_memory import HostMemory
 from lsa_jax.lsa.pool_map import Copies
 from pallas_kernels.page_recall import page_recall
@@ -16,8 +18,8 @@ from pallas_kernels.page_recall import page_recall
 class Recall:
     """Copies pages of one host memory; counts the pages and bytes that moved."""
 
-    def __init__(self, memory: HostMemory, *, in_place: bool):
-        self.memory, self.in_place = memory, in_place
+    def __init__(self, memory: HostMemory, *, in_place: bool, mesh: Mesh | None = None):
+        self.memory, self.in_place, self.mesh = memory, in_place, mesh
         self.pages = 0
 
     @property
@@ -45,4 +47,4 @@ class Recall:
         slab = np.zeros((size, *self.memory.record_shape), np.uint8)
         self.memory.read(np.asarray(copies.src)[:count], out=slab[:count])
         src = jnp.where(jnp.arange(size) < count, jnp.arange(size), -1).astype(jnp.int32)
-        return page_recall(records, (jnp.asarray(slab),), src, copies.dst[:size], impl="xla")
+        return page_recall(records, (send(slab, self.mesh),), src, copies.dst[:size], impl="xla")

@@ -39,6 +39,16 @@ class Selection(NamedTuple):
     kept_entries: Int[Array, " B"]  # entries above the threshold, before any cap
     captured: Float[Array, " B"]  # of those, the share in resident pages or in formation (W1)
     nan: Bool[Array, " B"]  # an entry that exists has a NaN score: the caller must raise
+    above: Int[Array, " B"]  # resident pages on top of what the budget grants, see `Rescue`
+
+
+class Rescue(NamedTuple):
+    """What the safety net adds to a row, whatever its policy: up to `pages` complete pages that the
+    budget did not grant. Those with a `share` come first, most first, then those that the policy
+    wants, then the others. What the budget grants, to this row and to others, stays the same."""
+
+    pages: Int[Array, " B"]
+    share: Float[Array, "B P"]  # of the target layers' native top-k
 
 
 def row_thresholds(calibration: Calibration, entries: Int[Array, " B"]) -> Float[Array, " B"]:
@@ -142,6 +152,7 @@ def select(
     live: Bool[Array, " B"],
     previous: Bool[Array, "B P"] | None = None,
     threshold: Float[Array, " B"] | None = None,
+    rescue: Rescue | None = None,
 ) -> Selection:
     """The resident set of each row, by the policy of `cfg`.
 
@@ -165,6 +176,7 @@ def select(
     page_scores = _page_scores(scores, kept, counts, threshold, cfg, page_entries)
     wanted = jnp.any(_per_page(kept, page_entries, False), axis=-1)
     shared = {"page_entries": page_entries, "allowed": allowed, "live": live, "previous": previous}
+    shared |= {"rescue": rescue}
     own = {"wanted": None if cfg.policy == "top" else wanted, "counts": counts}
     selection = select_pages(page_scores, entries, pages_complete, cfg, **shared, **own)
     return selection._replace(nan=jnp.any(nan, axis=1))
@@ -210,6 +222,7 @@ def select_pages(
     previous: Bool[Array, "B P"] | None = None,
     wanted: Bool[Array, "B P"] | None = None,
     counts: Int[Array, "B P"] | None = None,
+    rescue: Rescue | None = None,
 ) -> Selection:
     """`select` from page scores of any finite kind; all other arguments as there.
 
@@ -227,6 +240,10 @@ def select_pages(
         candidates = _first(candidates, keys, jnp.full_like(entries, cfg.recall_pages))[0]
     rivals = candidates & masks.complete
     granted, rank = _first(rivals, keys, jnp.asarray(allowed, jnp.int32))
+    more = jnp.zeros_like(granted)
+    if rescue is not None:
+        more = _rescued(masks.complete & ~granted, needed, score, masks.age, rescue)
+        granted |= more
     kept, captured = _captured(counts, granted | (masks.exists & ~masks.complete))
     return Selection(
         pages=granted | (candidates & ~masks.complete),
@@ -237,4 +254,17 @@ def select_pages(
         kept_entries=kept,
         captured=captured,
         nan=jnp.any(nan, axis=1),
+        above=jnp.sum(more, axis=1, dtype=jnp.int32),
     )
+
+
+def _rescued(
+    candidates: Bool[Array, "B P"],
+    needed: Bool[Array, "B P"],
+    score: Float[Array, "B P"],
+    age: Int[Array, "B P"],
+    rescue: Rescue,
+) -> Bool[Array, "B P"]:
+    tier = jnp.where(rescue.share > 0, 0, jnp.where(needed, 1, 2))
+    score = jnp.where(rescue.share > 0, rescue.share, score)
+    return _first(candidates, (tier, score, age), rescue.pages)[0]

@@ -19,6 +19,7 @@ class Room:
     cache: CacheConfig
     lsa: LsaConfig
     fresh_entries: int  # per row, as allocated
+    window_bytes: int = 2  # of a window's number
 
     def complete_pages(self, tokens: int) -> int:
         """Complete pages of a row."""
@@ -30,21 +31,26 @@ class Room:
             return self.lsa.policy.recall_pages
         if self.lsa.budget is not None or self.lsa.policy.policy == "threshold":
             return None
-        pages = self.complete_pages(capacity)
-        return max(
-            1, forced_pages(self.lsa.policy, pages, self.cache), int(pages * _PUBLISHED_SHARE)
-        )
+        return default_pages(self.lsa.policy, self.complete_pages(capacity), self.cache)
 
-    def allowed(self, lengths: tuple[int, ...], capacity: int, *, strict: bool = False) -> int:
+    def allowed(
+        self,
+        lengths: tuple[int, ...],
+        capacity: int,
+        *,
+        forming: int = 0,
+        strict: bool = False,
+    ) -> int:
         """Pages of all rows together once they have these lengths in tokens (0: no request).
 
+        `forming` complete pages are in the fresh buffers then, and not among those allowed.
         `strict` refuses a budget below its floor with ConfigError, as an admission must; later on,
         what the floor takes too much is taken from the pages.
         """
         live = [n for n in lengths if n]
         total = sum(self.complete_pages(n) for n in live)
         if self.lsa.budget is not None:
-            total = min(total, self._affordable(tuple(live), strict))
+            total = min(total, max(0, self._affordable(tuple(live), strict) - forming))
         each = self.row_pages(capacity)
         return total if each is None else min(total, each * len(live))
 
@@ -78,6 +84,7 @@ class Room:
             targets=self.lsa.targets,
             capacity=capacity,
             page_entries=self.cache.page_entries,
+            window_bytes=self.window_bytes,
             offload=Offload(
                 pool_pages=pool_pages,
                 resident_entries=resident_pages * self.cache.page_entries,
@@ -86,6 +93,12 @@ class Room:
                 staging_bytes=staging_bytes,
             ),
         )
+
+
+def default_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
+    """Pages of a row on the device where no setting bounds them: of its complete pages as many as
+    released settings recall, and no fewer than are forced."""
+    return max(1, forced_pages(policy, pages, cache), int(pages * _PUBLISHED_SHARE))
 
 
 def forced_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:

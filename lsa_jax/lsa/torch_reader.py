@@ -10,7 +10,7 @@ import dataclasses
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Buffer, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -58,21 +58,32 @@ class TorchFile:
         where = f"{self.path}: {name}"
         with _archive(self.path) as archive:
             data = _member(archive, f"{self.root}data/{storage.key}", where)
-        want = storage.numel * self.dtype(name).itemsize
-        if len(data) != want:
-            got = f"got {len(data)}"
-            raise CheckpointError(f"{where}: storage {storage.key} must have {want} bytes, {got}")
-        steps = zip(tensor.shape, tensor.strides, strict=True)
-        last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
-        # More elements than the storage: an expanded view, which could be of any size.
-        elements = math.prod(tensor.shape)
-        if elements and (last >= storage.numel or elements > storage.numel):
-            fault = f"{tensor.shape} strides {tensor.strides} offset {tensor.offset}"
-            raise CheckpointError(f"{where}: {fault} do not fit a storage of {storage.numel}")
-        flat = np.frombuffer(data, self.dtype(name))[tensor.offset :]
-        strides = [stride * flat.itemsize for stride in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
-        return np.ascontiguousarray(view)
+        return elements(tensor, data, where)
+
+
+def elements(tensor: StoredTensor, data: Buffer, where: str) -> np.ndarray:
+    """A tensor's elements, contiguous, out of the bytes of its storage.
+
+    Raises CheckpointError, beginning with `where`, if these are not the storage's or the tensor
+    reaches beyond them.
+    """
+    storage, dtype = tensor.storage, DTYPES[tensor.storage.kind]
+    data = memoryview(data)
+    want = storage.numel * dtype.itemsize
+    if len(data) != want:
+        got = f"got {len(data)}"
+        raise CheckpointError(f"{where}: storage {storage.key} must have {want} bytes, {got}")
+    steps = zip(tensor.shape, tensor.strides, strict=True)
+    last = tensor.offset + sum((n - 1) * stride for n, stride in steps)
+    # More elements than the storage: an expanded view, which could be of any size.
+    count = math.prod(tensor.shape)
+    if count and (last >= storage.numel or count > storage.numel):
+        fault = f"{tensor.shape} strides {tensor.strides} offset {tensor.offset}"
+        raise CheckpointError(f"{where}: {fault} do not fit a storage of {storage.numel}")
+    flat = np.frombuffer(data, dtype)[tensor.offset :]
+    strides = [stride * flat.itemsize for stride in tensor.strides]
+    view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+    return np.ascontiguousarray(view)
 
 
 @contextlib.contextmanager

@@ -269,6 +269,7 @@ class Attention(nnx.Module):
         visible = resident.visible(positions, self.cfg.ratio(self.layer_type))
         scores = indexer.index_scores(*index_q, resident.keys(state))
         index, valid = indexer.topk_indices(scores, visible, self.cfg.index_topk)
+        resident.picked.append((index, valid))
         picked = resident.entries(state, index)
         return KeySet(codec.decode_entries(self.cfg, picked, self.dtype), valid)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from lsa_jax.config import LayerType, ModelConfig, YarnConfig
 
 
-def _yarn_ramp(dim: int, base: float, yarn: YarnConfig) -> np.ndarray:
+def yarn_ramp(dim: int, base: float, yarn: YarnConfig) -> np.ndarray:
     """0 where a frequency is kept, 1 where it is divided by the factor."""
 
     def turns(rotations: float) -> float:
@@ -32,7 +32,7 @@ def frequencies(cfg: ModelConfig, layer_type: LayerType) -> np.ndarray:
     base = cfg.rope_theta if layer_type == "sliding" else cfg.compress_rope_theta
     freqs = base ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     if layer_type != "sliding" and cfg.yarn is not None:
-        ramp = _yarn_ramp(dim, base, cfg.yarn)
+        ramp = yarn_ramp(dim, base, cfg.yarn)
         freqs = freqs * (1 - ramp) + freqs / cfg.yarn.factor * ramp
     return freqs.astype(np.float32)
 

@@ -8,21 +8,24 @@ import jax
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels.dispatch import Unsupported
-from pallas_kernels.page_recall import pallas_triton, reference, triton_gpu
+from pallas_kernels.page_recall import reference, triton_gpu
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "xla": reference.page_recall,
     "triton": triton_gpu.page_recall,
-    "pallas_triton": pallas_triton.page_recall,
 }
 
 
 def default_order() -> tuple[str, ...]:
-    """What an unnamed `impl` tries, best first. Kernels are per device: under a mesh of several
+    """What an unnamed `impl` tries, best first. The kernel is per device: under a mesh of several
     devices the definition runs, which the compiler can partition."""
     single = jax.sharding.get_abstract_mesh().size in (0, 1)
-    kernels = ("triton", "pallas_triton") if jax.default_backend() == "gpu" and single else ()
-    return (*kernels, "xla")
+    return ("triton", "xla") if jax.default_backend() == "gpu" and single else ("xla",)
+
+
+def reads_host_memory(device: Any) -> bool:
+    """Whether a kernel reads `pinned_host` arrays in place there; else stage them on the device."""
+    return triton_gpu.refusal(device) is None
 
 
 def _check(pool: Array, segments: tuple[Array, ...], src: Array, dst: Array) -> None:
@@ -52,7 +55,7 @@ def page_recall(
 
     Host row ids count through the segments in order: segment 0 has the first n_0 of them. Slots
     must be distinct; an entry that names a row or a slot that does not exist copies nothing. The
-    GPU kernels read segments in `pinned_host` memory in place; "xla" needs them on the device. The
+    GPU kernel reads segments in `pinned_host` memory in place; "xla" needs them on the device. The
     pool is donated. A named `impl` runs or raises Unsupported.
     """
     _check(pool, segments, src, dst)

@@ -6,6 +6,7 @@ keep the bus busy. Byte offsets are 64-bit, since a segment may exceed 2^31 byte
 """
 
 import importlib.util
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int, UInt8
@@ -21,6 +22,13 @@ def chunk_bytes(record_bytes: int) -> int:
     return min(CHUNK_BYTES, 1 << (record_bytes.bit_length() - 1))
 
 
+def refusal(device: Any) -> str | None:
+    """Why the kernel cannot run on a device; None where it can."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return "needs the package jax-triton"
+    return None if device.platform == "gpu" else f"needs a GPU, got {device.device_kind}"
+
+
 def page_recall(
     pool: UInt8[Array, "S R 128"],
     segments: tuple[UInt8[Array, "n R 128"], ...],
@@ -28,10 +36,9 @@ def page_recall(
     dst: Int[Array, " M"],
 ) -> UInt8[Array, "S R 128"]:
     """See the package's `page_recall`."""
-    if importlib.util.find_spec("jax_triton") is None:
-        raise Unsupported("needs the package jax-triton")
-    if jax.default_backend() != "gpu":
-        raise Unsupported(f"needs a GPU, got {jax.devices()[0].device_kind}")
+    why = refusal(jax.devices()[0])
+    if why:
+        raise Unsupported(why)
     # Imported here: the modules need a GPU build of jaxlib, which other machines do without.
     import jax_triton  # pyright: ignore[reportMissingImports]
 

@@ -1,0 +1,1 @@
+"""Trains a memory indexer from traces of a backbone: recorded or imported, never the backbone."""

@@ -1,0 +1,123 @@
+"""What a trace is of, its index keys, and what follows from positions alone. NumPy only."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+import ml_dtypes
+import numpy as np
+
+from lsa_jax import config_io
+from lsa_jax.config import ModelConfig
+from lsa_jax.config_checks import number, refusal
+from train.columns import TraceError
+from train.votes import MAX_LAYERS, VoteConfig
+
+PARTIAL = ".partial"  # ends the name of a document's directory until it is finished
+KeyFormat = Literal["fp8", "bfloat16", "float32"]
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceInfo:
+    """What a trace is of.
+
+    `model` is the `fingerprint` of the backbone's configuration, None where it is not known.
+    `source` says where the document comes from, in words of its writer. The first `prompt_tokens`
+    tokens are not recorded. `dropped_labels` are votes for entries that the document does not have.
+    """
+
+    name: str
+    source: str
+    model: str | None
+    target_layers: tuple[int, ...]
+    csa_layers: int
+    csa_ratio: int
+    page_entries: int
+    prompt_tokens: int
+    votes: VoteConfig
+    dropped_labels: int = 0
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name.endswith(PARTIAL):
+            raise refusal("trace.name", self.name, "letters, digits, '.', '_' and '-'")
+        for field in ("csa_layers", "csa_ratio", "page_entries"):
+            if number(f"trace.{field}", getattr(self, field), int) < 1:
+                raise refusal(f"trace.{field}", getattr(self, field), ">= 1")
+        for field in ("prompt_tokens", "dropped_labels"):
+            if number(f"trace.{field}", getattr(self, field), int) < 0:
+                raise refusal(f"trace.{field}", getattr(self, field), ">= 0")
+        if self.csa_layers > MAX_LAYERS:
+            raise refusal("trace.csa_layers", self.csa_layers, f"<= {MAX_LAYERS}")
+        targets = self.target_layers
+        ascending = bool(targets) and list(targets) == sorted(set(targets))
+        if not ascending or not 0 <= targets[0] <= targets[-1] < self.csa_layers:
+            wanted = f"distinct ascending CSA ordinals in 0..{self.csa_layers - 1}"
+            raise refusal("trace.target_layers", targets, wanted)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` and JSON made of one; raises ConfigError or TypeError."""
+        targets, votes = tuple(raw["target_layers"]), VoteConfig(**raw["votes"])
+        return cls(**{**raw, "target_layers": targets, "votes": votes})
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Index keys [N, L, K]: e4m3 with a scale [N, L] each, or bfloat16 or float32 without."""
+
+    values: np.ndarray
+    scale: np.ndarray | None
+
+    def __post_init__(self) -> None:
+        values, scale = self.values, self.scale
+        if self.format not in get_args(KeyFormat) or values.ndim != 3:
+            raise TraceError(f"keys must be [N, L, K] of {get_args(KeyFormat)}, got {values.dtype}")
+        wanted = values.shape[:2] if self.format == "fp8" else None
+        if (scale.shape if scale is not None else None) != wanted:
+            raise TraceError(f"key_scale must have shape {wanted}, as the keys are {self.format}")
+
+    def check(self) -> None:
+        """Raises TraceError where a key or scale is not finite, or a scale negative."""
+        if self.scale is None:
+            finite = np.isfinite(self.values).all()
+        else:
+            finite = np.all((self.values.view(np.uint8) & 0x7F) != 0x7F)  # the NaNs of e4m3
+            if not (np.isfinite(self.scale) & (self.scale >= 0)).all():
+                raise TraceError("key_scale must be finite and >= 0")
+        if not finite:
+            raise TraceError("keys must be finite")
+
+    @property
+    def format(self) -> str:
+        """The key format, named as a cache's."""
+        return "fp8" if self.values.dtype == E4M3 else self.values.dtype.name
+
+    def dequantised(self) -> np.ndarray:
+        """The keys in float32."""
+        values = self.values.astype(np.float32)
+        return values if self.scale is None else values * self.scale[..., None]
+
+
+def digest(value: object) -> str:
+    """Digest of something that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(model: ModelConfig) -> str:
+    """Digest of a backbone's configuration: traces of equal ones can be mixed."""
+    return digest(config_io.to_json(model))
+
+
+def formation_steps(positions: np.ndarray, entries: int, csa_ratio: int) -> np.ndarray:
+    """The recorded token at whose step each entry is complete, int32 [entries], ascending.
+
+    Entry j exists for a decision at token t, which has been fed, where `formed_at[j] <= t`. It is
+    0 for entries of the prompt too, and T for those completed after the recording.
+    """
+    last_tokens = np.arange(1, entries + 1) * csa_ratio - 1
+    return np.searchsorted(positions, last_tokens).astype(np.int32)
