@@ -276,7 +276,7 @@ def test_time_that_was_spent_compiling_counts_once_however_nested() -> None:
 
 
 def test_the_plot_tells_new_pages_from_kept_ones_and_from_those_on_the_host() -> None:
-    nothing = {field.name: 0 for field in dataclasses.fields(Event)}
+    nothing = {field.name: 0 for field in dataclasses.fields(Event)} | {"read": (1,)}
     sets = [(2, (0, 1)), (3, (1, 2)), (4, (0, 2))]
     events = [Event(**nothing | {"complete": n, "pages": pages}) for n, pages in sets]
     none, host, kept, new = 0, plot.HOST, plot.KEPT, plot.NEW

@@ -28,7 +28,6 @@ from tests.lsa_models import (
     teacher_forced,
 )
 
-SLOW = pytest.mark.slow
 # Two compilations of the same sums: other fusions. Measured 8e-7 on logits of about 1.
 FUSION = 2e-6
 
@@ -120,7 +119,8 @@ def check_budget(run: Run, steps: int, *, want_more: bool) -> None:
     assert bool(binding) == want_more
 
 
-@pytest.mark.parametrize("budget", ["0.45", pytest.param("0.8", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["0.45", "0.8"])
 def test_a_share_is_never_exceeded_and_at_most_a_page_is_left(budget):
     run = Run(session(budget=budget))
     run.admit(prompt(300), 200)
@@ -308,23 +308,15 @@ def test_a_session_grown_after_extension_goes_on():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [1e-6, 0.9])
-def test_the_fallback_grows_up_to_full_attention(threshold):
+def test_with_a_fallback_no_cycle_starts_without_what_the_native_top_k_takes(threshold):
     """Also where the memory indexer wants few pages: it may be what is wrong."""
     policy = PolicyConfig(threshold=threshold, recency=4)
     run = Run(session(budget="0.45", fallback=1e-6, policy=policy, lookahead=8))
     run.admit(prompt(60), 400)
     run.decode(200)
     batch = run.session.batch
-    grown = [n for n, e in enumerate(batch.events) if len(e.pages) == e.complete]
-    assert batch.growth >= 1 and grown and grown[0] > 0
-    whole = batch.events[grown[0] :]
-    assert all(len(e.pages) == e.complete for e in whole)
-    assert not any(e.missed_entries for e in whole[1:])
-    calm = run.session.batch.growth
-    run.decode(60)
-    assert batch.growth == calm  # nothing is missed any more
-    # Entries formed in between came from confined attention: compare with the mask path's state.
-    assert batch.tiers.slots <= batch.room.complete_pages(batch.capacity)
+    assert batch.rows[0].growth >= 1
+    assert max(e.lacking_mass for e in batch.events) <= 1e-6
 
 
 def test_a_stop_token_at_the_end_of_a_cycle_ends_nothing_else():
