@@ -10,7 +10,7 @@ import pytest
 
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa import host_memory
-from lsa_jax.lsa.host_memory import HostLimitError, HostMemory, Segment
+from lsa_jax.lsa.host_memory import SEGMENT_BYTES, HostLimitError, HostMemory, Segment
 
 SHAPE = (3, 128)
 RECORD = 3 * 128
@@ -200,7 +200,7 @@ def test_rows_beyond_two_gibibytes_are_found_by_segment_and_row() -> None:
     limit = 200 * 2**30
     memory = HostMemory(V4_SHAPE, limit, allocate=allocate)
     memory.grow(memory.max_rows)
-    per = 2**30 // V4_RECORD
+    per = SEGMENT_BYTES // V4_RECORD
     assert (memory.record_nbytes, memory.rows_per_segment) == (V4_RECORD, per)
     assert memory.rows == sum(shape[0] for shape in shapes) == limit // V4_RECORD
     assert memory.nbytes == memory.rows * V4_RECORD > limit - V4_RECORD

@@ -36,6 +36,11 @@ _MAX_ROWS = 2**31  # row ids are int32
 _PROBE = 0x5A
 
 
+# Pinned memory is taken whole, so a large segment would cost a small request many times its bytes;
+# a recall launches once per segment, so a small one would cost a large request time.
+SEGMENT_BYTES = 2**28
+
+
 class HostLimitError(ConfigError):
     """More host memory asked for than is available; `needed` and `available` are bytes."""
 
@@ -84,7 +89,7 @@ class HostMemory:
         limit_bytes: int,
         *,
         kind: Kind = "auto",
-        segment_bytes: int = 2**30,
+        segment_bytes: int = SEGMENT_BYTES,
         device: Device | None = None,
         allocate: Allocate | None = None,
     ) -> None:
