@@ -68,11 +68,11 @@ def engine(kv: KVFormat = "float32", chunk: int = 16) -> Engine:
 class SharedPrograms(Programs):
     """Programs that sessions of one plan share: of all of them, only "choose" knows the policy."""
 
-    _all: ClassVar[dict[Any, dict[Any, Any]]] = {}
+    all: ClassVar[dict[Any, dict[Any, Any]]] = {}
 
     def _run(self, name: str, *args: Any) -> Any:
         of = self.plan, name, self.lsa.policy if name == "choose" else None
-        self._compiled = self._all.setdefault(of, {})
+        self._compiled = self.all.setdefault(of, {})
         return super()._run(name, *args)
 
 
