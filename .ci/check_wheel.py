@@ -8,12 +8,12 @@ from pathlib import Path
 from lsa_jax import config_io
 
 PRESETS = ("tiny", "bench", "v4_flash", "v4_pro")
-SHIPPED = {"configs", "infer", "lsa_jax", "pallas_kernels"}
+SHIPPED = {"configs", "infer", "lsa_jax", "pallas_kernels", "train"}
 
 installed = {Path(str(file)).parts[0] for file in importlib.metadata.files("lsa_jax") or ()}
 tops = {name for name in installed if not name.endswith(".dist-info") and name != ".."}
 assert tops == SHIPPED, f"the wheel must hold {SHIPPED}, got {tops}"
-for name in ("tests", "evals", "train"):
+for name in ("tests", "evals"):
     assert importlib.util.find_spec(name) is None, f"{name} must not be shipped"
 assert set(PRESETS) <= set(config_io.preset_names()), config_io.preset_names()
 for preset in config_io.preset_names():
