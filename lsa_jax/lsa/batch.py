@@ -273,10 +273,9 @@ class Batch:
                 row.above, row.broken = int(above[b]), bool(nan[b])
 
     def _where(self, due: np.ndarray) -> Where:
-        live = [row if row else None for row in self.rows]
         ahead = tuple(
             min(len(row.tokens) + self.lsa.lookahead, max(row.limit, len(row.tokens))) if row else 0
-            for row in live
+            for row in self.rows
         )
         stored = np.asarray(self.state.base) // self.cache.page_entries
         complete = np.array([self.room.complete_pages(n) for n in ahead])
@@ -284,12 +283,12 @@ class Batch:
         # At the end of the cycle, when the most bytes are taken: no step before exceeds them.
         total = self.room.allowed(ahead, self.capacity, forming=forming)
         total = min(total, self._budgeted())
-        above = np.array([row.above if row else 0 for row in live])
+        above = np.array([row.above if row else 0 for row in self.rows])
         spent = int((np.asarray(self.tiers.pages).sum(axis=1) - above)[~due].sum())
-        extra = np.array([self._extra(row, len(row.tokens)) if row else 0 for row in live])
+        extra = np.array([self._extra(row, len(row.tokens)) if row else 0 for row in self.rows])
         extra = np.where(due, extra, 0).astype(np.int32)
         return Where(
-            host_rows=jnp.asarray(self.tiers.host_rows([row and row.owner for row in live])),
+            host_rows=jnp.asarray(self.tiers.host_rows([row and row.owner for row in self.rows])),
             generations=jnp.asarray(self.tiers.generations()),
             due=jnp.asarray(due),
             allowed=jnp.int32(max(0, total - spent)),

@@ -6,7 +6,6 @@ pool; what it returns tells a recall which host rows to copy where.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,10 +19,6 @@ from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.pool_map import Copies, PoolMap, Table, assign
 from lsa_jax.lsa.resident_set import Rescue, Selection
-from lsa_jax.nn.transformer import DeepSeekV4
-
-# Page scores [B, P] of rows whose last token is at position lengths - 1; see `arms`.
-Scorer = Callable[[DeepSeekV4, LsaState], Float[Array, "B P"]]
 
 
 class Where(NamedTuple):

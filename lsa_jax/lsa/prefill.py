@@ -2,8 +2,9 @@
 
 A chunk goes through the model layer by layer. A CSA layer needs all of its history, because every
 query of the prompt may pick anywhere in it: its pages come from the host for the time of that
-layer, and the pages that the chunk completes go back. So the device never holds the compressed
-entries of two layers in full, whatever the length, and the result is that of any other prefill.
+layer, and the pages that the chunk completes go back. They are sent once the layer before is done,
+so that the device never holds the history of two layers, whatever the length; the result is that of
+any other prefill.
 """
 
 import dataclasses
@@ -200,7 +201,7 @@ def run_chunk(
             )
         else:
             ordinal = plan.csa.index(i)
-            slab = _slab(plan.layout.spans(ordinal), read, pages, mesh)
+            slab = _slab(plan.layout.spans(ordinal), read, pages, mesh, after=streams)
             like = next(o for o in range(ordinal + 1) if plan.same_record(o, ordinal))
             streams, layer, x, rows, seen = _csa(
                 plan, like, block, streams, ids, layer, slab, (start, counts, base), observed
@@ -226,15 +227,17 @@ def run_chunk(
 
 
 def _slab(
-    parts: list[slice], read: ReadPages | None, count: int, mesh: Mesh | None
+    parts: list[slice], read: ReadPages | None, count: int, mesh: Mesh | None, *, after: Array
 ) -> UInt8[Array, "P r 128"]:
     """A layer's history with zeros up to `count` pages: one shape, and so one program, whatever
-    the length. Without history the zeros are made on the device."""
+    the length. Read at once, sent when `after` is there. Without history the zeros are made on the
+    device."""
     shape = (count, sum(part.stop - part.start for part in parts), ROW)
     if read is None:
         return replicate(jnp.zeros(shape, jnp.uint8), mesh)
     slab, pages = np.zeros(shape, np.uint8), read(parts)
     slab[: len(pages)] = pages
+    jax.block_until_ready(after)
     return send(slab, mesh)
 
 
