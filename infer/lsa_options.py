@@ -16,6 +16,7 @@ from lsa_jax.checkpoint.leaf import CheckpointError
 from lsa_jax.config import CacheConfig, ConfigError, ModelConfig
 from lsa_jax.lsa.budget import Budget, Calibration
 from lsa_jax.lsa.config import SIMULATED, Arm, LsaConfig, ResidentPath
+from lsa_jax.lsa.indexer_config import QueryMode
 from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_reader import read_indexer
 from lsa_jax.lsa.level2 import Level2
@@ -23,8 +24,11 @@ from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.room import Room
 from lsa_jax.lsa.targets import check_targets, default_target_layers
 
-_TRAINED = ("indexer", "threshold", "policy")  # mean nothing where no indexer gives probabilities
+# These mean nothing where no indexer gives probabilities.
+_TRAINED = ("indexer", "indexer_dtype", "query_mode", "threshold", "policy")
 _POLICIES = ("budget", "published", "threshold")
+
+IndexerDType = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class LsaOptions:
 
     attention: Literal["full"] | Arm
     indexer: Path | None
+    indexer_dtype: IndexerDType | None
+    query_mode: QueryMode | None
     target_layers: tuple[int, ...] | None
     lookahead: int | None
     threshold: float | None
@@ -77,11 +83,16 @@ class LsaOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Two-level decoding as it was asked for, held to a model; nothing is on a device yet."""
+    """Two-level decoding as it was asked for, held to a model; nothing is on a device yet.
+
+    `indexer_dtype` and `query_mode` replace what the indexer's file says; None does not.
+    """
 
     lsa: LsaConfig
     indexer: IndexerFile | None
     calibration: Calibration | None
+    indexer_dtype: IndexerDType | None = None
+    query_mode: QueryMode | None = None
 
     def check_room(self, cfg: ModelConfig, cache: CacheConfig, tokens: int) -> None:
         """Raises ConfigError where a request of so many tokens has a floor above the budget, or
@@ -94,6 +105,7 @@ class Plan:
             path=self.lsa.resident_path,
         )
         fresh = level2.fresh_pages * cache.page_entries
+        # A budget does not count windows, so their width, which is the model's, is not needed here.
         room = Room(cfg=cfg, cache=cache, lsa=self.lsa, fresh_entries=fresh)
         room.allowed((tokens,), tokens, strict=True)
         needed, limit = (
@@ -131,7 +143,13 @@ def make_plan(options: LsaOptions, cfg: ModelConfig, cache: CacheConfig, *, seed
         seed=seed,
         **defaults,
     )
-    return Plan(lsa=lsa, indexer=file, calibration=calibration)
+    return Plan(
+        lsa=lsa,
+        indexer=file,
+        calibration=calibration,
+        indexer_dtype=options.indexer_dtype,
+        query_mode=options.query_mode,
+    )
 
 
 def _read(path: Path, cfg: ModelConfig) -> IndexerFile:
@@ -179,6 +197,16 @@ def add_lsa(parser: argparse.ArgumentParser) -> None:
         "the last and the next cycle (these keep everything: their bytes are simulated)",
     )
     add("--indexer", type=Path, metavar="FILE", help="memory indexer, for lsa: .safetensors or .pt")
+    add(
+        "--indexer-dtype",
+        choices=get_args(IndexerDType),
+        help="of the indexer's weights; default: the file's (released ones: float32)",
+    )
+    add(
+        "--query-mode",
+        choices=get_args(QueryMode),
+        help="arithmetic of the indexer's queries; default: the file's, else float32",
+    )
     add(
         "--target-layers",
         type=arguments.ordinals,

@@ -46,8 +46,18 @@ def as_json(options: Options, session: LsaTurns) -> dict[str, Any]:
     calibrated = plan.calibration is not None
     return {
         **report.as_json(session.lsa),
+        "indexer": _indexer(session),
         "threshold": "calibrated" if calibrated else plan.lsa.policy.threshold,
         "calibrated_thresholds": list(plan.calibration.thresholds) if plan.calibration else None,
         "peak_device_bytes_above_weights": session.peak_bytes,
         **circumstances(options, session),
     }
+
+
+def _indexer(session: LsaTurns) -> dict[str, str] | None:
+    """How the memory indexer computes; None for arms without one."""
+    if session.indexer is None:
+        return None
+    cfg = session.indexer.cfg
+    dtype = session.indexer.retrievers[0].wq_a.dtype.name
+    return {"dtype": dtype, "query_mode": cfg.query_mode, "ensemble": cfg.ensemble}

@@ -41,7 +41,11 @@ class LsaTurns(Session):
     ):
         super().__init__(model, cache, mesh, replies)
         self.plan, self.prefill_chunk = plan, prefill_chunk
-        self.indexer = None if plan.indexer is None else indexer_io.from_file(plan.indexer)
+        self.indexer = None
+        if plan.indexer is not None:
+            self.indexer = indexer_io.from_file(
+                plan.indexer, query_mode=plan.query_mode, dtype=plan.indexer_dtype
+            )
         self.lsa: LsaSession | None = None  # from the first prompt on
         self._grows, self._fingerprint = grows, fingerprint
         self._compiled, self._row = CompileClock(), -1

@@ -35,8 +35,9 @@ _YARN_NUMBERS = {field.name: field.type for field in dataclasses.fields(YarnConf
 
 
 def preset_names() -> list[str]:
-    """Names that `load_config` takes for the presets in `configs/`."""
-    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
+    """Names that `load_config` takes for the models in `configs/`, where training runs are too."""
+    texts = {path.stem: path.read_text("utf-8") for path in _PRESETS.glob("*.toml")}
+    return sorted(name for name, text in texts.items() if "vocab_size" in tomllib.loads(text))
 
 
 def load_config(source: str | Path) -> ModelConfig:

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any, get_args
 
 from lsa_jax import cli, config_io
-from lsa_jax.config import CacheConfig, ConfigError, ModelConfig
+from lsa_jax.config import ConfigError, ModelConfig
 from lsa_jax.lsa import accounting, budget, flops, room, targets
 from lsa_jax.lsa.accounting import Footprint, Layout, Offload, Placement
 from lsa_jax.lsa.budget import Budget
@@ -114,46 +114,37 @@ def _offload(args: argparse.Namespace, cfg: ModelConfig, at: Placement) -> Offlo
     at = dataclasses.replace(at, offload=empty)
     formed = at.entries(cfg) // rows
     hosted = formed - at.in_formation(cfg) // rows
-    pages = -(-hosted // per)
     if args.kept_entries is not None:
         if args.kept_entries > formed:
             wanted = f"<= the {formed:,} entries of the context"
             raise ConfigError(f"kept_entries must be {wanted}, got {args.kept_entries:,}")
-        resident = max(0, args.kept_entries - at.in_formation(cfg) // rows)
-        pool = -(-resident // per)
+        kept = max(0, args.kept_entries - at.in_formation(cfg) // rows)
+        pool, resident = rows * -(-kept // per), rows * kept
     else:
-        pool = min(pages, _pool_pages(args, cfg, at, pages))
-        resident = min(pool * per, hosted)
+        pages = -(-hosted // per)
+        pool = min(rows * pages, _pool_pages(args, cfg, at, pages))
+        resident = min(pool * per, rows * hosted)
     return dataclasses.replace(
         empty,
-        pool_pages=rows * pool,
-        resident_entries=rows * resident,
-        table_pages=min(max(1, -(-formed // per)), rows * pool),  # a row may have all of it
+        pool_pages=pool,
+        resident_entries=resident,
+        table_pages=min(max(1, -(-formed // per)), pool),  # a row may have all of it
         staging_bytes=(args.staging_pages or 0) * accounting.record_of(cfg, args.layout, at),
     )
 
 
 def _pool_pages(args: argparse.Namespace, cfg: ModelConfig, at: Placement, pages: int) -> int:
-    """Pool pages for each request, of the `pages` that the host holds of it."""
+    """Pool pages for all requests together, of each of which the host holds so many `pages`."""
+    rows, per = len(at.lengths), at.page_entries
     if args.recall_pages is not None:
-        return args.recall_pages
-    if args.kv_budget is None and args.layout == "pages584":
-        return math.ceil(pages * room.PUBLISHED_SHARE)
-    if args.kv_budget is None:
-        policy = PolicyConfig(recency=args.recency, sink=args.sink)
-        return room.default_pages(policy, pages, CacheConfig(page_entries=at.page_entries))
-    rows = len(at.lengths)
-    # As resident_set.forced_pages, of those that the host holds.
-    first_recent = max(0, (at.entries(cfg) // rows - args.recency) // at.page_entries)
-    sink = min(-(-args.sink // at.page_entries), first_recent)
-    allowed = budget.allowed_pages(
-        args.kv_budget,
-        accounting.footprint(cfg, args.layout, at).full_occupied,
-        accounting.fixed_bytes(cfg, args.layout, at),
-        accounting.record_of(cfg, args.layout, at),
-        forced_pages=rows * (sink + max(0, pages - first_recent)),
-    )
-    return allowed // rows
+        return rows * args.recall_pages
+    policy = PolicyConfig(recency=args.recency, sink=args.sink)
+    if args.kv_budget is not None:
+        forced = rows * room.forced_pages(policy, pages, per)
+        return room.affordable_pages(cfg, args.layout, at, args.kv_budget, forced=forced)
+    if args.layout == "pages584":
+        return rows * math.ceil(pages * room.PUBLISHED_SHARE)
+    return rows * room.default_pages(policy, pages, per)
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -205,7 +196,7 @@ def _reserved_report(found: Footprint) -> dict[str, Any]:
 
 
 def _recall_report(case: Case) -> dict[str, Any]:
-    """What fills one request's pool from empty."""
+    """What fills one request's even share of the pool from empty."""
     off = case.at.offload
     if off is None:
         return {}
@@ -216,6 +207,7 @@ def _recall_report(case: Case) -> dict[str, Any]:
     return {
         "path_i": off.path_i,
         "recall_pages": pages,
+        "pool_pages": off.pool_pages,
         "page_record_bytes": record,
         "cold_recall_bytes": {"entries": pages * entries, "keys": pages * (record - entries)},
     }
@@ -316,7 +308,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     kept.add_argument("--recall-pages", type=natural, help=pages)
     entries = "CSA entries on the device, per request, those in formation too"
     kept.add_argument("--kept-entries", type=natural, help=entries)
-    kept.add_argument("--kv-budget", type=_budget, help="of all requests: 0.10, 400MB, 1.5GiB")
+    kept.add_argument(
+        "--kv-budget", type=_budget, help="occupied bytes, of all requests: 0.10, 400MB"
+    )
     path_i = "index keys of all but the target layers are in host pages too (default)"
     add("--path-i", action=argparse.BooleanOptionalAction, help=path_i)
     add("--target-layers", type=_ordinals, help="CSA ordinals (default for V4-Flash: 10,12,20)")

@@ -1,5 +1,6 @@
 """The arms: scores that are what their names say, and the same budget and accounting for all."""
 
+import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from lsa_jax.lsa import arms
 from lsa_jax.lsa.config import SIMULATED, Arm, LsaConfig, ResidentPath
 from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.prefill import OBSERVED
-from lsa_jax.lsa.rows import Event
+from lsa_jax.lsa.rows import Event, as_one
 from lsa_jax.lsa.session import LsaSession
 from tests import lsa_models
 from tests.lsa_models import CAPACITY, CONFIG, PAGE_ENTRIES, PAGE_TOKENS, TARGETS, Run
@@ -134,17 +135,33 @@ def ran(arm: Arm) -> tuple[Run, list[Event]]:
 
 
 @pytest.mark.parametrize(
-    "arm", [pytest.param(a, marks=[pytest.mark.slow] * (a in SIMULATED)) for a in UNTRAINED]
+    "arm", [pytest.param(a, marks=[pytest.mark.slow] * (a == "lagged")) for a in UNTRAINED]
 )
 def test_every_arm_runs_and_has_the_same_pages_to_spend(arm: Arm) -> None:
     run, events = ran(arm)
     assert len(run.drawn(0)) == STEPS + 1
-    assert len(events) >= 1 + STEPS // LOOKAHEAD
+    boundaries = range(LENGTH, LENGTH + STEPS, LOOKAHEAD)  # the first is the admission
+    assert [event.tokens for event in events] == [*boundaries]
+    assert not events[0].read and all(event.read for event in events[1:])
     size = run.session.batch.plan.layout.nbytes
     for event in events:
         assert event.allowed == QUOTA < event.complete
         assert len(event.pages) == QUOTA and event.resident_bytes == QUOTA * size
         assert {event.complete - 1, event.complete - 2} <= set(event.pages), "recent pages"
+
+
+def test_a_boundary_fired_again_is_noted_once_with_what_the_cycle_before_it_read() -> None:
+    nothing = {field.name: 0 for field in dataclasses.fields(Event)} | {"read": (), "pages": ()}
+
+    def event(owner: int, tokens: int, **more: Any) -> Event:
+        return Event(**nothing | {"owner": owner, "tokens": tokens} | more)
+
+    ended = {"read": (2,), "missed_entries": 3, "missed_mass": 0.5}
+    noted = [event(0, 8), event(0, 12, **ended, pages=(1,), recalled=4, seconds=1.0), event(1, 12)]
+    again = [event(0, 12, pages=(5,), recalled=2, seconds=0.5, lacking_mass=0.1), event(1, 14)]
+    merged = event(0, 12, **ended, pages=(5,), recalled=6, seconds=1.5, lacking_mass=0.1)
+    assert as_one(noted, again) == [noted[0], merged, noted[2], again[1]]
+    assert as_one([], again) == again and as_one(noted, []) == noted
 
 
 @pytest.mark.slow

@@ -106,6 +106,8 @@ def test_everything_resident_draws_what_full_attention_draws(run_json, root, tmp
     assert found["tokens"] == [ROOM - 1] and not found["simulated_bytes"]
     assert found["components"] == found["calculated"]["components"]
     assert found["settings"]["kv_budget"]["share"] == 1 and found["threshold"] == 1e-6
+    as_stored = {"dtype": "float32", "query_mode": "float32", "ensemble": "max"}
+    assert found["indexer"] == as_stored
     assert [cycle["tokens"] for cycle in found["cycles"]] == list(range(37, ROOM, 8))
     last = found["cycles"][-1]
     assert last["pages"] == list(range(31)) and last["complete"] == last["wanted"] == 31
@@ -188,6 +190,18 @@ def test_thresholds_come_from_the_indexers_file_unless_given(run_json, root) -> 
         assert (found["threshold"], found["calibrated_thresholds"]) == (used, None)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [("bfloat16", "fp8"), pytest.param("float32", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_the_indexer_computes_as_it_was_told_to(run_json, root, dtype, mode) -> None:
+    told = ["--indexer-dtype", dtype, "--query-mode", mode, "--max-new-tokens", ROOM - 37]
+    arguments = [*COMMON, *told, *EVERYTHING, "--indexer", root / "indexer"]
+    _, found = run_json(*arguments, "--attention", "lsa")
+    assert found["indexer"] == {"dtype": dtype, "query_mode": mode, "ensemble": "max"}
+    assert found["cycles"][-1]["pages"]
+
+
 LSA = ("--attention", "lsa", "--indexer", "INDEXER")
 QUEST = ("--attention", "quest")
 
@@ -200,6 +214,8 @@ QUEST = ("--attention", "quest")
             "--indexer needs --attention lsa or another arm, got --attention full",
         ),
         (["--target-layers", "1"], "--target-layers needs --attention lsa or another arm"),
+        (["--indexer-dtype", "float32"], "--indexer-dtype needs --attention lsa or another arm"),
+        (["--query-mode", "fp8"], "--query-mode needs --attention lsa or another arm"),
         (["--lookahead", "8"], "--lookahead needs --attention lsa or another arm"),
         (["--threshold", "0.5"], "--threshold needs --attention lsa or another arm"),
         (["--recency", "0"], "--recency needs --attention lsa or another arm"),
@@ -216,6 +232,10 @@ QUEST = ("--attention", "quest")
         (["--attention", "best"], "'best'"),
         ([*LSA, "--target-layers", "1"], "the --indexer names its layers"),
         ([*QUEST, "--indexer", "x"], "--indexer needs --attention lsa, got quest"),
+        ([*QUEST, "--indexer-dtype", "bfloat16"], "--indexer-dtype needs --attention lsa, got que"),
+        ([*QUEST, "--query-mode", "float32"], "--query-mode needs --attention lsa, got quest"),
+        ([*LSA, "--indexer-dtype", "float16"], "'float16'"),
+        ([*LSA, "--query-mode", "int8"], "'int8'"),
         ([*QUEST, "--threshold", "0.5"], "--threshold needs --attention lsa, got quest"),
         ([*QUEST, "--policy", "published"], "--policy needs --attention lsa, got quest"),
         ([*QUEST, "--target-layers", "2"], "distinct ascending CSA ordinals in 0..1, got [2]"),

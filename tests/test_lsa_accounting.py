@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from footprint_cases import CONFIGS, run
 
-from lsa_jax import config_io
+from lsa_jax import config_io, footprint
 from lsa_jax.cache.records import RecordLayout
-from lsa_jax.config import CacheConfig, ComputeConfig, KVFormat, ModelConfig
+from lsa_jax.config import CacheConfig, ComputeConfig, ConfigError, KVFormat, ModelConfig
 from lsa_jax.lsa import accounting, report, targets
 from lsa_jax.lsa.accounting import Components
 from lsa_jax.lsa.batch import Batch
@@ -158,6 +158,73 @@ def test_the_command_says_what_a_session_reserves(name, capsys, tmp_path):
     options = ("--attention", "lsa", "--layout", "planes640", "--requests", ROWS)
     said = run(capsys, "--config", file, "--context", tokens, *options)["components_reserved"]
     assert_same(columns(batch, live), Components(**said))
+
+
+BUDGETED = ("--page-entries", 8, "--lookahead", 37, "--recency", 10, "--sink", 3)
+
+
+def budgeted(cfg: ModelConfig, budget: str, **more: Any) -> LsaConfig:
+    """The same settings as those options."""
+    policy = PolicyConfig(recency=10, sink=3)
+    return settings(cfg, lookahead=37, policy=policy, budget=parse_budget(budget), **more)
+
+
+@pytest.mark.parametrize("budget", ["0.6", "0.8"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_allows_the_pages_that_a_session_allows_under_a_budget(
+    name, budget, capsys, tmp_path
+):
+    """To the page, at lengths with entries in formation, and with it every reserved byte."""
+    cfg = CONFIGS[name]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_io.to_json(cfg)))
+    options = ("--attention", "lsa", "--layout", "planes640", "--requests", ROWS, *BUDGETED)
+    options += ("--kv-budget", budget)
+    most = min(cfg.max_position_embeddings, 2**17)
+    for tokens in (most - 300, most - 17):
+        batch, live = planned_batch(cfg, "fp8", budgeted(cfg, budget), tokens, page_entries=8)
+        said = run(capsys, "--config", file, "--context", tokens, *options)
+        allowed = batch.room.allowed((tokens,) * ROWS, tokens, strict=True)
+        assert 0 < allowed < ROWS * batch.room.complete_pages(tokens)
+        assert said["pool_pages"] == allowed == batch.tiers.slots
+        assert said["recall_pages"] == allowed // ROWS
+        assert_same(columns(batch, live), Components(**said["components_reserved"]))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_command_and_a_session_refuse_with_the_same_floor(name, share, capsys, tmp_path):
+    cfg = CONFIGS[name]
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_io.to_json(cfg)))
+    tokens = int(share * min(cfg.max_position_embeddings, 2**17)) + 7
+    batch, _ = planned_batch(cfg, "fp8", budgeted(cfg, "2B"), tokens, page_entries=8)
+    with pytest.raises(ConfigError) as refused:
+        batch.room.allowed((tokens,) * ROWS, tokens, strict=True)
+    args = ("--config", file, "--context", tokens, "--requests", ROWS, *BUDGETED)
+    args += ("--attention", "lsa", "--layout", "planes640", "--kv-budget", "2B")
+    assert footprint.main([*map(str, args)]) == 2
+    assert capsys.readouterr().err == f"error: {refused.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget"),
+    [(301, "0.5"), (301, "60kB"), pytest.param(140, "0.8", marks=pytest.mark.slow)],
+)
+def test_the_command_allows_what_a_running_session_allows(tokens, budget, capsys, tmp_path):
+    session = lsa_models.session(budget=budget, capacity=tokens)
+    session.admit(lsa_models.prompt(tokens), max_new_tokens=0)
+    (event,) = session.batch.events
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_io.to_json(lsa_models.CONFIG)))
+    of = session.lsa
+    said = run(
+        *(capsys, "--config", file, "--context", tokens, "--attention", "lsa"),
+        *("--layout", "f32", "--page-entries", lsa_models.PAGE_ENTRIES, "--kv-budget", budget),
+        *("--lookahead", of.lookahead, "--recency", of.policy.recency, "--target-layers", 1),
+    )
+    assert said["pool_pages"] == event.allowed == len(event.pages) < event.complete
+    assert said["kv_share"] == report.figures(session).share
 
 
 # What exists in a session that runs.

@@ -52,7 +52,9 @@ class DecodeState:
     lengths: Int[Array, " B"]
 
 
-def _empty_tail(batch: int, dim: int, overlap: bool) -> Tail:
+def init_tail(batch: int, dim: int, overlap: bool) -> Tail:
+    """The tail of a compressor that has seen no token; entries are `dim` wide."""
+
     def empty(width: int) -> Array:
         return jnp.zeros((batch, 3, width), jnp.float32).at[:, 0].set(EMPTY_GATE)
 
@@ -82,9 +84,9 @@ def _layer_state(
     return LayerState(
         window=window,
         entries=codec.empty_entries(cfg, cache, lead),
-        tail=_empty_tail(batch, cfg.head_dim, overlap=csa),
+        tail=init_tail(batch, cfg.head_dim, overlap=csa),
         index_keys=codec.empty_keys(cfg, cache, lead) if csa else None,
-        index_tail=_empty_tail(batch, cfg.index_head_dim, overlap=True) if csa else None,
+        index_tail=init_tail(batch, cfg.index_head_dim, overlap=True) if csa else None,
     )
 
 

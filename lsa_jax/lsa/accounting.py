@@ -301,13 +301,6 @@ def footprint(cfg: ModelConfig, layout: Layout, at: Placement) -> Footprint:
     )
 
 
-def fixed_bytes(cfg: ModelConfig, layout: Layout, at: Placement) -> int:
-    """Reserved KV bytes that are on the device whatever is recalled, as `budget.allowed_pages`
-    takes them: HCA entries, index keys that stay, and the fresh buffer."""
-    assert at.offload is not None
-    return reserved(cfg, layout, at).kv - at.offload.pool_pages * record_of(cfg, layout, at)
-
-
 def record_of(cfg: ModelConfig, layout: Layout, at: Placement) -> int:
     """Bytes of one page record of a placement."""
     assert at.offload is not None

@@ -5,7 +5,8 @@ from fractions import Fraction
 
 from lsa_jax.config import CacheConfig, ModelConfig
 from lsa_jax.lsa import accounting, budget
-from lsa_jax.lsa.accounting import Offload, Placement
+from lsa_jax.lsa.accounting import Layout, Offload, Placement
+from lsa_jax.lsa.budget import Budget
 from lsa_jax.lsa.config import LsaConfig
 from lsa_jax.lsa.policy import PolicyConfig
 
@@ -32,7 +33,8 @@ class Room:
             return self.lsa.policy.recall_pages
         if self.lsa.budget is not None or self.lsa.policy.policy == "threshold":
             return None
-        return default_pages(self.lsa.policy, self.complete_pages(capacity), self.cache)
+        pages = self.complete_pages(capacity)
+        return default_pages(self.lsa.policy, pages, self.cache.page_entries)
 
     def allowed(
         self,
@@ -59,15 +61,10 @@ class Room:
         assert self.lsa.budget is not None
         at = self.placement(lengths, resident_pages=0, pool_pages=0)
         layout = accounting.layout_of(self.cache.kv_format)
-        figures = accounting.footprint(self.cfg, layout, at)
-        page = accounting.record_of(self.cfg, layout, at)
-        full, fixed = figures.full_occupied, figures.occupied.kv
-        if not strict:
-            return max(0, self.lsa.budget.limit(full) - fixed) // page
-        forced = sum(
-            forced_pages(self.lsa.policy, self.complete_pages(n), self.cache) for n in lengths
-        )
-        return budget.allowed_pages(self.lsa.budget, full, fixed, page, forced_pages=forced)
+        policy, per_page = self.lsa.policy, self.cache.page_entries
+        forced = (forced_pages(policy, self.complete_pages(n), per_page) for n in lengths)
+        floor = sum(forced) if strict else None
+        return affordable_pages(self.cfg, layout, at, self.lsa.budget, forced=floor)
 
     def placement(
         self,
@@ -96,14 +93,31 @@ class Room:
         )
 
 
-def default_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
+def affordable_pages(
+    cfg: ModelConfig, layout: Layout, at: Placement, limit: Budget, *, forced: int | None
+) -> int:
+    """Pages that a budget has room for, of all rows together, beside what these rows have on the
+    device whatever is recalled: HCA entries, index keys that stay, and entries in formation, in
+    occupied bytes. `at` has an empty pool.
+
+    A budget without room for the `forced` pages is refused with ConfigError, which states the
+    floor; with None, one that is too small for everything else has room for none.
+    """
+    figures = accounting.footprint(cfg, layout, at)
+    full, fixed = figures.full_occupied, figures.occupied.kv
+    page = accounting.record_of(cfg, layout, at)
+    if forced is None:
+        return max(0, limit.limit(full) - fixed) // page
+    return budget.allowed_pages(limit, full, fixed, page, forced_pages=forced)
+
+
+def default_pages(policy: PolicyConfig, pages: int, page_entries: int) -> int:
     """Pages of a row on the device where no setting bounds them: of its complete pages as many as
     released settings recall, and no fewer than are forced."""
-    return max(1, forced_pages(policy, pages, cache), int(pages * PUBLISHED_SHARE))
+    return max(1, forced_pages(policy, pages, page_entries), int(pages * PUBLISHED_SHARE))
 
 
-def forced_pages(policy: PolicyConfig, pages: int, cache: CacheConfig) -> int:
+def forced_pages(policy: PolicyConfig, pages: int, page_entries: int) -> int:
     """Complete pages, of so many, that recency and sink can force at most."""
-    recent = -(-policy.recency // cache.page_entries)
-    sink = -(-policy.sink // cache.page_entries)
+    recent, sink = -(-policy.recency // page_entries), -(-policy.sink // page_entries)
     return min(pages, recent + sink)

@@ -93,3 +93,27 @@ def event(
         lacking_mass=float(after.mass[b]),
         **shared,
     )
+
+
+def as_one(noted: list[Event], again: list[Event]) -> list[Event]:
+    """The events where boundaries were fired `again` after those `noted`.
+
+    An event of a request that has taken no step since its last one is that same boundary: it takes
+    its place, and keeps what it said of the cycle that ended.
+    """
+    out = list(noted)
+    for late in again:
+        last = max((i for i, event in enumerate(out) if event.owner == late.owner), default=-1)
+        if last < 0 or out[last].tokens != late.tokens:
+            out.append(late)
+            continue
+        first = out[last]
+        out[last] = dataclasses.replace(
+            late,
+            read=first.read,
+            missed_entries=first.missed_entries,
+            missed_mass=first.missed_mass,
+            recalled=first.recalled + late.recalled,
+            seconds=first.seconds + late.seconds,
+        )
+    return out

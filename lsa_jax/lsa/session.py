@@ -30,7 +30,7 @@ from lsa_jax.lsa.level2 import LsaState
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from lsa_jax.lsa.pool_map import Table
 from lsa_jax.lsa.programs import put_row, take_row
-from lsa_jax.lsa.rows import Row
+from lsa_jax.lsa.rows import Row, as_one
 from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.sampling import Sampler
 
@@ -313,7 +313,10 @@ class LsaSession:
     def _foresee(
         self, token: Array, live: np.ndarray, sampler: Sampler, key: Array, stop: tuple[int, ...]
     ) -> None:
-        """The oracle: runs the next cycle with everything readable and keeps its votes only."""
+        """The oracle: runs the next cycle with everything readable and keeps its votes only.
+
+        The boundary before it had no votes to choose by yet: both are noted as one.
+        """
         due = np.array([row is not None and row.since == 0 for row in self.batch.rows]) & live
         if not due.any():
             return
@@ -333,4 +336,6 @@ class LsaSession:
             keep_logits=False,
         )
         self.batch.state = dataclasses.replace(self.batch.state, votes=ahead.votes)
+        noted = len(self.batch.events)
         self.batch.boundary(due)
+        self.batch.events = as_one(self.batch.events[:noted], self.batch.events[noted:])

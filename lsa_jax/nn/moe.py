@@ -1,10 +1,11 @@
 """Mixture of experts: hash- and score-routed, one shared expert, clamped SwiGLU (spec 6).
 
-Three ways to run the routed experts give the same sums. Few tokens gather the rows of the experts
+Several ways to run the routed experts give the same sums. Few tokens gather the rows of the experts
 they use and multiply in place, so a decode step reads active weights only. Many tokens are sorted
 by expert and run as batched matmuls of fixed capacity, in as many rounds as the fullest expert
-needs; or, where there is a kernel for it, as one grouped matmul. No token is ever dropped and no
-shape depends on the routing.
+needs; or, where there is a kernel for it, as one grouped matmul. Training, which needs gradients
+and has small experts, runs all of them on every token. No token is ever dropped and no shape
+depends on the routing.
 """
 
 import functools
@@ -123,6 +124,20 @@ class Experts(nnx.Module):
 
     def _round(self, x: Array) -> Array:
         return quant.fp8_round(x, group=128) if self.simulate else x
+
+    def everywhere(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+        """All experts on all tokens, with weight 0 where they were not chosen: differentiable, and
+        E / k times the work. Dense experts only."""
+        tokens = jnp.arange(len(x))[:, None]
+        weight = jnp.zeros((len(x), self.cfg.n_routed_experts), jnp.float32)
+        weight = weight.at[tokens, routing.experts].add(routing.weights)
+        exact = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
+        rounded = self._round(x)
+        w1, w2, w3 = (w.weight[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))
+        gate = jnp.einsum("td,eid->tei", rounded, w1, **exact)
+        up = jnp.einsum("td,eid->tei", rounded, w3, **exact)
+        hidden = swiglu(gate, up, self.cfg.swiglu_limit) * weight[..., None]
+        return jnp.einsum("tei,edi->td", self._round(hidden.astype(x.dtype)), w2, **exact)
 
     def __call__(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """sum_e weight_e * f_e(x), float32. The weight multiplies the hidden activation, as in the
