@@ -48,6 +48,34 @@ def token_progress(total: int, title: str) -> AbstractContextManager[Callable[[i
 
 
 @contextlib.contextmanager
+def step_progress(total: int, *, shown: bool = True) -> Iterator[Callable[[int, float], None]]:
+    """Gives a function to call with (step, loss): a bar on a terminal, else a line now and then."""
+    if not shown:
+        yield lambda step, loss: None
+        return
+    if sys.stderr.isatty():
+        with tqdm.tqdm(total=total, desc="train", unit=" steps") as bar:
+
+            def update(step: int, loss: float) -> None:
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                bar.update(step - bar.n)
+
+            yield update
+        return
+    last = time.monotonic()
+
+    def advance(step: int, loss: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_SECONDS:
+            last = time.monotonic()
+            print(
+                f"train: step {step:,} of {total:,}, loss {loss:.4f}", file=sys.stderr, flush=True
+            )
+
+    yield advance
+
+
+@contextlib.contextmanager
 def _progress(
     total: int, title: str, unit: str, describe: Callable[[float], str]
 ) -> Iterator[Callable[[int], None]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from train.losses import Targets
+from train.run.losses import Targets
 
 LAYERS, ROWS, COLUMNS = 2, 3, 7
 

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from lsa_jax.checkpoint.leaf import CheckpointError
+from lsa_jax.config_io import load_config
 from tests.golden import doc_values
 from tests.golden.doc_values import DROPPED, ENTRIES, FOLDER, LAYERS, PROMPT, TOKENS
 from tests.test_torch_reader import ATTACKS, Evil, Slotted, Stateful
-from train.doc_pickle import read_document
 from train.import_docs import Backbone, import_document, main
-from train.trace import finished_traces, open_trace
+from train.traces.doc_pickle import read_document
+from train.traces.trace import finished_traces, open_trace
+from train.traces.trace_info import KeyRope
 
 GOLDENS = sorted(FOLDER.glob("doc_*.pkl"))
 
@@ -62,6 +64,7 @@ def check_golden(trace):
         assert np.isnan(logits[:, count:]).all()
     assert trace.info.target_layers == LAYERS and trace.mass() is None
     assert (trace.info.prompt_tokens, trace.info.dropped_labels) == (PROMPT, DROPPED)
+    assert trace.info.rope == KeyRope.of_model(load_config("v4_flash"))
     assert trace.info.model is None and trace.info.source.startswith(
         f"{trace.path.name}.pkl sha256"
     )

@@ -49,9 +49,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lsa_jax.synthesize": ("lsa_jax",),
     "pallas_kernels": ("pallas_kernels",),
     "infer": ("infer", "lsa_jax"),
-    "evals": ("evals", "infer", "lsa_jax", "pallas_kernels"),
+    "evals": ("evals", "infer", "train", "lsa_jax", "pallas_kernels"),
     "train": ("train", "lsa_jax"),
 }
+TRAIN_COMMANDS = (
+    *("import_docs", "dump_traces", "dump_options", "indexer", "evaluate", "calibrate"),
+    *("study_options", "export", "verify", "mine_hard"),
+)
 COMMANDS = (
     "lsa_jax.cli",
     "lsa_jax.convert",
@@ -60,11 +64,11 @@ COMMANDS = (
     "lsa_jax.widen",
     "infer",
     "evals",
-    "train",
+    *(f"train.{name}" for name in TRAIN_COMMANDS),
 )
 STDLIB_ONLY = (*CONFIG, "lsa_jax.parameters", "configs")  # readable without starting a backend
 ORACLE = ("torch", "transformers", "accelerate")
-MAY_IMPORT_ORACLE = ("evals.hf_peer",)
+MAY_IMPORT_ORACLE = ("evals.hf_peer", "evals.torch_train_peer")
 
 
 def module_name(path: Path) -> str:
@@ -163,8 +167,8 @@ def test_the_checks_above_saw_the_whole_library() -> None:
         ("lsa_jax", "from lsa_jax.config import ModelConfig"),
         ("lsa_jax.engine", "from infer import generate"),
         ("lsa_jax.engine", "from lsa_jax.convert import main"),
-        ("infer.generate", "import train.loop"),
-        ("train.loop", "from infer.generate import main"),
+        ("infer.generate", "import train.run.loop"),
+        ("train.run.loop", "from infer.generate import main"),
         ("infer.generate", "import torch"),
         ("lsa_jax.engine", "def f():\n    from transformers import AutoTokenizer"),
         ("lsa_jax.engine", "__import__('torch')"),

@@ -10,9 +10,10 @@ import pytest
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.resident_set import forced_pages
-from train import labels
-from train.labels import Document, ResidentRule, Sample, SamplingConfig
-from train.votes import SparseRows
+from train.data import labels, sampling
+from train.data.labels import Document, ResidentRule, SamplingConfig
+from train.data.sampling import Sample
+from train.traces.votes import SparseRows
 
 TOKENS, ENTRIES, PROMPT = 40, 100, 60
 
@@ -40,7 +41,7 @@ def document(**options: Any) -> Document:
     """Every token forms an entry; entry 0 is golden throughout."""
     votes = random_rows(0)
     always = rows(*(dict(zip(*votes.row(t), strict=True)) | {0: 21} for t in range(TOKENS)))
-    formed = np.maximum(np.arange(ENTRIES) - PROMPT + 1, 0).astype(np.int32)
+    formed = np.maximum(np.arange(ENTRIES) - PROMPT, 0).astype(np.int32)
     mass = random_rows(1, low=1, high=9, dtype=np.float16)
     return Document(7, always, formed, **{"mass": mass, **options})
 
@@ -78,12 +79,6 @@ def test_mass_adds_up_over_the_window_without_float16_rounding() -> None:
     assert sums.tolist() == [0, 0.5, 0, 2050, 0] and sums.dtype == np.float32
     assert labels.window_mass(mass, 1, 64, 6).tolist() == [0, 0, 0, 2, 0, 4]
     assert labels.window_mass(rows({}, dtype=np.float16), 0, 2, 2).tolist() == [0, 0]
-
-
-def test_values_are_looked_up_by_index() -> None:
-    table = (np.array([1, 3, 5]), np.array([7, 8, 9]))
-    assert labels.lookup(table, np.array([0, 1, 3, 99])).tolist() == [0, 7, 8, 0]
-    assert labels.lookup((np.zeros(0, int), np.zeros(0)), np.array([4])).tolist() == [0]
 
 
 def test_vote_weights_run_from_a_half_to_two() -> None:
@@ -128,7 +123,7 @@ def test_evictable_entries_are_those_of_complete_pages_that_nothing_forces(
 @pytest.mark.parametrize("token", [0, 11, TOKENS - 1])
 def test_a_sample_has_the_window_as_positives_and_as_many_others(token: int) -> None:
     doc, cfg = document(), SamplingConfig(window=8, neg_ratio=2.0)
-    sample, most = labels.draw_sample(doc, token, cfg), golden(doc, token, 8)
+    sample, most = sampling.draw_sample(doc, token, cfg), golden(doc, token, 8)
     assert sample.index[sample.labels == 1].tolist() == sorted(most)
     negatives = sample.index[sample.labels == 0]
     assert len(set(negatives)) == len(negatives) == min(2 * len(most), ENTRIES - len(most))
@@ -145,7 +140,7 @@ def test_a_sample_has_the_window_as_positives_and_as_many_others(token: int) -> 
 def test_a_sample_stands_for_the_whole_pool() -> None:
     doc = document(hard=np.array([5, 50, 51, 52]))
     cfg = SamplingConfig(window=20, max_pos=10, neg_ratio=2.0, hard_share=0.2)
-    sample, most = labels.draw_sample(doc, 3, cfg), golden(doc, 3, 20)
+    sample, most = sampling.draw_sample(doc, 3, cfg), golden(doc, 3, 20)
     assert np.sum(sample.labels) == 10 < len(most)
     assert np.sum(sample.stands_for[sample.labels == 1]) == pytest.approx(len(most))
     assert np.sum(sample.stands_for) == pytest.approx(ENTRIES)
@@ -154,7 +149,7 @@ def test_a_sample_stands_for_the_whole_pool() -> None:
 
 def test_weights_follow_the_most_votes_and_triviality_overrides_them() -> None:
     doc, cfg = document(), SamplingConfig(window=8, vote_weighting=True)
-    sample, most = labels.draw_sample(doc, 5, cfg), golden(doc, 5, 8)
+    sample, most = sampling.draw_sample(doc, 5, cfg), golden(doc, 5, 8)
     for index, label, weight in zip(sample.index, sample.labels, sample.weights, strict=True):
         by_votes = 0.5 + 1.5 * (most.get(int(index), 0) - 3) / 18
         want = 0.5 if index == 0 else by_votes if label else 1.0
@@ -167,7 +162,7 @@ def test_negatives_are_uniform_over_the_non_positives() -> None:
     drawn = np.zeros(ENTRIES)
     draws, per_draw = 1000, len(most)
     for epoch in range(draws):
-        sample = labels.draw_sample(doc, 2, cfg, epoch=epoch)
+        sample = sampling.draw_sample(doc, 2, cfg, epoch=epoch)
         drawn[sample.index[sample.labels == 0]] += 1
     others = np.setdiff1d(np.arange(ENTRIES), list(most))
     share = per_draw / len(others)
@@ -182,12 +177,12 @@ def test_future_entries_are_candidates_of_the_authors_and_not_of_causal_samples(
     exist = PROMPT + token + 1  # the token's own entry can be read by it
     assert doc.entries_at(token) == exist
     everything = SamplingConfig(neg_ratio=1000.0, fake_positive=False)
-    assert labels.draw_sample(doc, token, everything).index.tolist() == list(range(ENTRIES))
+    assert sampling.draw_sample(doc, token, everything).index.tolist() == list(range(ENTRIES))
     causal = dataclasses.replace(everything, causal=True)
-    assert labels.draw_sample(doc, token, causal).index.tolist() == list(range(exist))
+    assert sampling.draw_sample(doc, token, causal).index.tolist() == list(range(exist))
     rule = ResidentRule(recency=10, sink=2, page_entries=8)
     ours = dataclasses.replace(everything, evictable_only=True, resident=rule)
-    sample = labels.draw_sample(doc, token, ours)
+    sample = sampling.draw_sample(doc, token, ours)
     assert sample.index.tolist() == list(range(8, 48))  # 55 are not recent, 6 pages are whole
     assert set(sample.index[sample.labels == 1].tolist()) == set(golden(doc, token, 64)) & set(
         range(8, 48)
@@ -196,23 +191,23 @@ def test_future_entries_are_candidates_of_the_authors_and_not_of_causal_samples(
 
 def test_labels_beyond_the_documents_entries_are_ignored_and_a_fake_one_takes_their_place() -> None:
     doc = Document(0, rows({30: 5, 11: 4}, {}), np.zeros(10, np.int32))
-    sample = labels.draw_sample(doc, 0, SamplingConfig(neg_ratio=3.0, vote_weighting=True))
+    sample = sampling.draw_sample(doc, 0, SamplingConfig(neg_ratio=3.0, vote_weighting=True))
     assert np.sum(sample.labels) == 1 and len(sample.index) == 4
     assert sample.index.max() < 10
     np.testing.assert_array_equal(sample.weights, 1)
-    without = labels.draw_sample(doc, 0, SamplingConfig(fake_positive=False))
+    without = sampling.draw_sample(doc, 0, SamplingConfig(fake_positive=False))
     assert without.labels.tolist() == [0] and without.stands_for.tolist() == [10]
-    assert not np.any(labels.full_sample(doc, 0, SamplingConfig()).labels)
+    assert not np.any(sampling.full_sample(doc, 0, SamplingConfig()).labels)
     fakes = {
         int(s.index[s.labels == 1][0])
-        for s in (labels.draw_sample(doc, 0, SamplingConfig(), epoch=e) for e in range(200))
+        for s in (sampling.draw_sample(doc, 0, SamplingConfig(), epoch=e) for e in range(200))
     }
     assert fakes == set(range(10))
 
 
 def test_a_sample_without_candidates_is_empty() -> None:
     cfg = SamplingConfig(evictable_only=True, resident=ResidentRule(recency=1000))
-    sample = labels.draw_sample(document(), 0, cfg)
+    sample = sampling.draw_sample(document(), 0, cfg)
     assert [len(x) for x in dataclasses.astuple(sample)] == [0] * 5
 
 
@@ -221,14 +216,14 @@ def test_hard_negatives_are_used_and_are_never_positives() -> None:
     most = golden(doc, 0, 4)
     pool = {3, 14, 15, 92, 65, 35} - set(most)
     cfg = SamplingConfig(window=4, neg_ratio=1.0, hard_share=1.0)
-    sample = labels.draw_sample(doc, 0, cfg)
+    sample = sampling.draw_sample(doc, 0, cfg)
     negatives = set(sample.index[sample.labels == 0].tolist())
     assert len(negatives) == len(most) > len(pool) > 2
     assert negatives > pool and not negatives & set(most)
     few = dataclasses.replace(cfg, hard_share=2 / len(most))
     seen: set[int] = set()
     for epoch in range(60):
-        sample = labels.draw_sample(doc, 0, few, epoch=epoch)
+        sample = sampling.draw_sample(doc, 0, few, epoch=epoch)
         chosen = sample.index[(sample.labels == 0) & (sample.stands_for == 1)]
         assert len(chosen) == 2
         assert len(set(sample.index.tolist())) == len(sample.index)  # none is drawn twice
@@ -238,15 +233,15 @@ def test_hard_negatives_are_used_and_are_never_positives() -> None:
 
 def test_a_sample_depends_on_seed_epoch_document_and_token_only() -> None:
     cfg, tokens = SamplingConfig(window=4), range(10)
-    forward = [labels.draw_sample(document(), t, cfg) for t in tokens]
+    forward = [sampling.draw_sample(document(), t, cfg) for t in tokens]
     doc = document()
-    backward = [labels.draw_sample(doc, t, cfg) for t in reversed(tokens)][::-1]
+    backward = [sampling.draw_sample(doc, t, cfg) for t in reversed(tokens)][::-1]
     assert all(map(same, forward, backward))
     other = dataclasses.replace(cfg, seed=1)
-    assert not all(same(labels.draw_sample(doc, t, other), forward[t]) for t in tokens)
-    assert not all(same(labels.draw_sample(doc, t, cfg, epoch=1), forward[t]) for t in tokens)
+    assert not all(same(sampling.draw_sample(doc, t, other), forward[t]) for t in tokens)
+    assert not all(same(sampling.draw_sample(doc, t, cfg, epoch=1), forward[t]) for t in tokens)
     doc.number = 8
-    assert not all(same(labels.draw_sample(doc, t, cfg), forward[t]) for t in tokens)
+    assert not all(same(sampling.draw_sample(doc, t, cfg), forward[t]) for t in tokens)
 
 
 def test_no_two_keys_share_a_stream() -> None:
@@ -262,11 +257,11 @@ def test_a_full_sample_is_every_candidate_with_its_true_label() -> None:
     doc = document()
     rule = ResidentRule(recency=10, sink=2, page_entries=8)
     cfg = SamplingConfig(window=8, evictable_only=True, resident=rule, vote_weighting=True)
-    sample, most = labels.full_sample(doc, 4, cfg), golden(doc, 4, 8)
+    sample, most = sampling.full_sample(doc, 4, cfg), golden(doc, 4, 8)
     assert sample.index.tolist() == list(range(8, 48))
     assert sample.labels.tolist() == [float(i in most) for i in range(8, 48)]
     everything = dataclasses.replace(cfg, neg_ratio=1000.0)
-    assert same(sample, labels.draw_sample(doc, 4, everything))
+    assert same(sample, sampling.draw_sample(doc, 4, everything))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +269,7 @@ def test_a_full_sample_is_every_candidate_with_its_true_label() -> None:
     [
         *((name, 0) for name in ("window", "max_pos", "least_votes")),
         ("seed", -1),
+        ("unit", "pages"),
         ("most_votes", 3),
         ("neg_ratio", -0.1),
         ("hard_share", 1.1),
@@ -294,3 +290,56 @@ def test_documents_whose_arrays_do_not_fit_are_refused() -> None:
         Document(3, votes, formed, mass=rows({}))
     with pytest.raises(ConfigError, match=r"resident\.page_entries"):
         ResidentRule(page_entries=0)
+
+
+def page_sample(
+    token: int = 4, window: int = 8, **options: Any
+) -> tuple[Document, Sample, np.ndarray]:
+    doc = document(hard=np.array([17, 18, 90]))
+    rule = ResidentRule(recency=10, sink=2, page_entries=8)
+    cfg = SamplingConfig(unit="page", window=window, resident=rule, **options)
+    sample = sampling.draw_sample(doc, token, cfg)
+    return doc, sample, sample.index.reshape(-1, 8)
+
+
+@pytest.mark.parametrize("evictable_only", [False, True])
+def test_whole_pages_are_drawn_with_every_entrys_own_label(evictable_only: bool) -> None:
+    options = {"causal": True, "evictable_only": evictable_only}
+    doc, sample, pages = page_sample(neg_ratio=1.0, **options)
+    most = golden(doc, 4, 8)
+    bounds = (8, 48) if evictable_only else (0, 65)
+    inside = {n for n in most if bounds[0] <= n < bounds[1]}
+    first = pages.max(axis=1) // 8
+    for page, row in zip(first, pages, strict=True):
+        want = [n if bounds[0] <= n < bounds[1] else -1 for n in range(page * 8, page * 8 + 8)]
+        assert row.tolist() == want
+    assert first.tolist() == sorted(set(first.tolist()))
+    positive = {n // 8 for n in inside}
+    assert positive <= set(first.tolist())
+    count = -(-bounds[1] // 8) - bounds[0] // 8
+    assert len(first) == min(2 * len(positive), count)
+    assert sample.index[sample.labels == 1].tolist() == sorted(inside)
+    mass = np.zeros(ENTRIES)
+    for t in range(4, 12):
+        mass[doc.mass.row(t)[0]] += doc.mass.row(t)[1]
+    np.testing.assert_array_equal(sample.mass, np.where(sample.index < 0, 0, mass[sample.index]))
+    by_page = sample.stands_for.reshape(-1, 8)
+    assert np.all(by_page == by_page[:, :1]) and by_page[:, 0].sum() == pytest.approx(count)
+
+
+def test_positive_pages_are_capped_by_their_entries_and_hard_pages_come_first() -> None:
+    doc, sample, pages = page_sample(window=2, neg_ratio=2.0, max_pos=17, hard_share=1.0)
+    positive = sample.labels.reshape(-1, 8).any(axis=1)
+    golden_pages = {n // 8 for n in golden(doc, 4, 2)}
+    assert positive.sum() == 2 < len(golden_pages) and len(pages) == 6
+    negatives = pages[~positive, 0] // 8
+    hard = {2, 11} - golden_pages
+    assert hard and hard <= set(negatives.tolist()) and not golden_pages & set(negatives.tolist())
+    _, sample, pages = page_sample(neg_ratio=1.0, max_pos=1)
+    assert len(pages) == 2  # one of each, however small the cap
+
+
+def test_the_last_page_may_be_short() -> None:
+    doc, sample, pages = page_sample(token=39, neg_ratio=1000.0)
+    assert doc.entries_at(39) == ENTRIES and pages[-1].tolist() == [96, 97, 98, 99, -1, -1, -1, -1]
+    assert sample.mass[-4:].tolist() == [0] * 4 and sample.labels[-4:].tolist() == [0] * 4

@@ -20,8 +20,8 @@ from tests.loss_formulas import (
     numpy_term,
     sigmoid,
 )
-from train import losses
-from train.losses import ObjectiveConfig, Targets
+from train.run import losses
+from train.run.losses import ObjectiveConfig, Targets
 
 # Float32 logits of a few units: the sums lose some ten roundings of 6e-8.
 CLOSE: dict[str, float] = {"rtol": 2e-6, "atol": 2e-7}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lsa_jax.config import ConfigError
-from train import intervals, metrics
-from train.labels import ResidentRule
-from train.metrics import MetricsConfig, Tally
+from train.data.labels import ResidentRule
+from train.quality import intervals, metrics
+from train.quality.metrics import MetricsConfig, Tally
 
 RULE = ResidentRule(recency=6, sink=1, page_entries=4)
 

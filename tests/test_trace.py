@@ -11,13 +11,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lsa_jax.config import ConfigError
+from lsa_jax.config import ConfigError, YarnConfig
 from lsa_jax.config_io import load_config
-from train import columns
-from train.columns import TraceError
-from train.trace import MANIFEST, TraceWriter, finished_traces, open_trace
-from train.trace_info import Keys, TraceInfo, digest, fingerprint, formation_steps
-from train.votes import SparseRows, VoteConfig
+from lsa_jax.lsa.indexer_config import IndexerConfig
+from train.traces import columns
+from train.traces.columns import TraceError
+from train.traces.trace import MANIFEST, TraceWriter, finished_traces, open_trace
+from train.traces.trace_info import (
+    KeyRope,
+    Keys,
+    TraceInfo,
+    digest,
+    fingerprint,
+    formation_steps,
+    indexer_fields,
+)
+from train.traces.votes import SparseRows, VoteConfig
 
 T, L, D, N, K = 37, 2, 6, 30, 8
 INFO = TraceInfo(
@@ -29,6 +38,7 @@ INFO = TraceInfo(
     csa_ratio=4,
     page_entries=8,
     prompt_tokens=83,
+    rope=KeyRope(rope_head_dim=4, rope_theta=1e4, yarn=YarnConfig(factor=2), norm_eps=1e-5),
     votes=VoteConfig(),
 )
 
@@ -264,7 +274,7 @@ KILLED = """
 import sys
 from pathlib import Path
 import dataclasses
-from train import columns
+from train.traces import columns
 from tests.test_trace import INFO, record, recording
 columns.CHUNK_BYTES, columns.SHARD_BYTES = 64, 256
 data, root = recording(), Path(sys.argv[1])
@@ -366,3 +376,26 @@ def test_fingerprints_tell_configurations_apart():
     model = load_config("v4_flash")
     assert fingerprint(model) == fingerprint(load_config("v4_flash"))
     assert fingerprint(model) != fingerprint(dataclasses.replace(model, index_topk=511))
+
+
+def test_the_rope_of_the_keys_is_kept_and_becomes_the_indexers(tmp_path):
+    read = record(tmp_path, recording()).info
+    assert read.rope == INFO.rope
+    cfg = IndexerConfig(**indexer_fields(read, hidden_size=D, head_dim=K))
+    assert (cfg.target_layers, cfg.hidden_size, cfg.head_dim) == ((1, 3), D, K)
+    assert (cfg.rope_head_dim, cfg.rope_theta, cfg.yarn) == (4, 1e4, YarnConfig(factor=2))
+    assert cfg.norm_eps == 1e-5
+    model = load_config("v4_flash")
+    info = dataclasses.replace(INFO, rope=KeyRope.of_model(model), target_layers=(0, 2))
+    fields = indexer_fields(
+        TraceInfo.from_json(dataclasses.asdict(info)), hidden_size=4096, head_dim=128
+    )
+    assert IndexerConfig(**fields) == IndexerConfig.for_model(model, target_layers=(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rope_head_dim", 0), ("rope_theta", 0.0), ("norm_eps", -1.0)]
+)
+def test_a_rope_out_of_range_is_refused_and_named(field, value):
+    with pytest.raises(ConfigError, match=f"trace.rope.{field} must be"):
+        dataclasses.replace(INFO.rope, **{field: value})

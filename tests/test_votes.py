@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lsa_jax.config import ConfigError
-from train.votes import (
+from train.traces.votes import (
     SparseRows,
     VoteConfig,
     golden_from_logits,

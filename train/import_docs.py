@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from lsa_jax import cli
-from lsa_jax.config import ConfigError
-from train.columns import TraceError
-from train.doc_pickle import Document, read_document
-from train.trace import TraceWriter, open_trace
-from train.trace_info import E4M3, Keys, TraceInfo
-from train.votes import SparseRows, VoteConfig
+from lsa_jax.config import ConfigError, YarnConfig
+from train.traces.columns import TraceError
+from train.traces.doc_pickle import Document, read_document
+from train.traces.trace import TraceWriter, open_trace
+from train.traces.trace_info import E4M3, KeyRope, Keys, TraceInfo
+from train.traces.votes import SparseRows, VoteConfig
 
 GOLDEN_TOKENS = 3
+V4_FLASH_ROPE = KeyRope(rope_head_dim=64, rope_theta=160000.0, yarn=YarnConfig(), norm_eps=1e-6)
 _SCALE_BYTES = 4  # of a key, after its codes
 
 
@@ -34,6 +35,7 @@ class Backbone:
     csa_layers: int = 21
     csa_ratio: int = 4
     page_entries: int = 64
+    rope: KeyRope = V4_FLASH_ROPE
     votes: VoteConfig = dataclasses.field(default_factory=VoteConfig)
 
 
@@ -201,6 +203,7 @@ def import_document(path: Path, dst: Path, backbone: Backbone) -> Imported:
             csa_ratio=backbone.csa_ratio,
             page_entries=backbone.page_entries,
             prompt_tokens=int(positions[0]),
+            rope=backbone.rope,
             votes=backbone.votes,
             dropped_labels=dropped,
         )

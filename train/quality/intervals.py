@@ -1,7 +1,7 @@
 """Bootstrap intervals of ratios, over documents: tokens of one document are not independent.
 
-Every metric of `train.metrics` is a ratio of two sums over documents, so that a resample is a
-weighting of the documents: of [D] numerators and [D] denominators.
+Every metric of `train.quality.metrics` is a ratio of two sums over documents, so that a resample is
+a weighting of the documents: of [D] numerators and [D] denominators.
 """
 
 from typing import NamedTuple

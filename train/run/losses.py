@@ -4,7 +4,7 @@ Shapes: logits [L, B, C] for L target layers and B samples of C candidates each;
 Every loss is one figure per layer, [L]. Candidates that are not `valid` have no influence, whatever
 they hold, and a batch without a valid candidate has loss 0 and gradient 0. The published losses
 are `bce`, `focal` and `pairwise`; ours are `mass_distillation` and `missed_mass`, on candidates
-that `train.labels` restricts to evictable ones where asked to.
+that `train.data.labels` restricts to evictable ones where asked to.
 """
 
 import dataclasses

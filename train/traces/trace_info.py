@@ -11,15 +11,51 @@ import ml_dtypes
 import numpy as np
 
 from lsa_jax import config_io
-from lsa_jax.config import ModelConfig
+from lsa_jax.config import ModelConfig, YarnConfig
 from lsa_jax.config_checks import number, refusal
-from train.columns import TraceError
-from train.votes import MAX_LAYERS, VoteConfig
+from train.traces.columns import TraceError
+from train.traces.votes import MAX_LAYERS, VoteConfig
 
 PARTIAL = ".partial"  # ends the name of a document's directory until it is finished
 KeyFormat = Literal["fp8", "bfloat16", "float32"]
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyRope:
+    """How the backbone places its index keys: what an indexer's queries must share with them.
+
+    `norm_eps` is that of the backbone's norms, which its native indexers use too.
+    """
+
+    rope_head_dim: int
+    rope_theta: float
+    yarn: YarnConfig | None
+    norm_eps: float
+
+    def __post_init__(self) -> None:
+        if number("trace.rope.rope_head_dim", self.rope_head_dim, int) < 1:
+            raise refusal("trace.rope.rope_head_dim", self.rope_head_dim, ">= 1")
+        for name in ("rope_theta", "norm_eps"):
+            if number(f"trace.rope.{name}", getattr(self, name), float) <= 0:
+                raise refusal(f"trace.rope.{name}", getattr(self, name), "> 0")
+
+    @classmethod
+    def of_model(cls, model: ModelConfig) -> Self:
+        """That of a backbone."""
+        return cls(
+            rope_head_dim=model.qk_rope_head_dim,
+            rope_theta=model.compress_rope_theta,
+            yarn=model.yarn,
+            norm_eps=model.rms_norm_eps,
+        )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` and JSON made of one; raises ConfigError or TypeError."""
+        yarn = raw["yarn"]
+        return cls(**{**raw, "yarn": None if yarn is None else YarnConfig(**yarn)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +75,7 @@ class TraceInfo:
     csa_ratio: int
     page_entries: int
     prompt_tokens: int
+    rope: KeyRope
     votes: VoteConfig
     dropped_labels: int = 0
 
@@ -62,8 +99,19 @@ class TraceInfo:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Self:
         """What `dataclasses.asdict` and JSON made of one; raises ConfigError or TypeError."""
-        targets, votes = tuple(raw["target_layers"]), VoteConfig(**raw["votes"])
-        return cls(**{**raw, "target_layers": targets, "votes": votes})
+        parts = {
+            "target_layers": tuple(raw["target_layers"]),
+            "rope": KeyRope.from_json(raw["rope"]),
+            "votes": VoteConfig(**raw["votes"]),
+        }
+        return cls(**{**raw, **parts})
+
+
+def indexer_fields(info: TraceInfo, *, hidden_size: int, head_dim: int) -> dict[str, Any]:
+    """What the traces decide of an `IndexerConfig`, by its fields."""
+    rope = {field.name: getattr(info.rope, field.name) for field in dataclasses.fields(KeyRope)}
+    sizes = {"hidden_size": hidden_size, "head_dim": head_dim}
+    return {"target_layers": info.target_layers, **sizes, **rope}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How good a memory indexer's scores are, as it is deployed (LSA spec 5.4, 8 row 16). NumPy only.
 
 Every metric is a ratio of two sums, so that tokens add up to documents, documents to a set, and a
-bootstrap over documents (`train.intervals`) is a weighting. A *tally* holds these sums by name:
-"<scores>/<candidates>/<metric>", such as "ensemble.max/evictable/recall@512".
+bootstrap over documents (`train.quality.intervals`) is a weighting. A *tally* holds these sums by
+name: "<scores>/<candidates>/<metric>", such as "ensemble.max/evictable/recall@512".
 
 Micro metrics pool the candidates of all tokens; macro ones are means over the tokens that have a
 positive. A ratio of nothing to nothing is NaN. At equal scores the newer entry (the later page) is
@@ -18,9 +18,9 @@ import numpy as np
 
 from lsa_jax.config_checks import number, refusal
 from lsa_jax.lsa.policy import check_threshold
-from train import intervals
-from train.intervals import Interval
-from train.labels import ResidentRule
+from train.data.labels import ResidentRule
+from train.quality import intervals
+from train.quality.intervals import Interval
 
 EnsembleMetric = Literal["max", "mean", "min", "learned"]
 Tally = dict[str, np.ndarray]
@@ -208,7 +208,7 @@ def add_tallies(tallies: Iterable[Tally]) -> Tally:
 
 
 def stacked(documents: Sequence[Tally], names: Sequence[str]) -> np.ndarray:
-    """[D, M, 2] for `train.intervals`; a name that a document lacks counts nothing."""
+    """[D, M, 2] for `train.quality.intervals`; a name that a document lacks counts nothing."""
     none = np.zeros(2)
     return np.array([[doc.get(name, none) for name in names] for doc in documents])
 

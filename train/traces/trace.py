@@ -26,10 +26,10 @@ import numpy as np
 import tensorstore as ts
 
 from lsa_jax.config import ConfigError
-from train import columns
-from train.columns import Column, ColumnWriter, TraceError
-from train.trace_info import E4M3, PARTIAL, Keys, TraceInfo, digest, formation_steps
-from train.votes import SparseRows
+from train.traces import columns
+from train.traces.columns import Column, ColumnWriter, TraceError
+from train.traces.trace_info import E4M3, PARTIAL, Keys, TraceInfo, digest, formation_steps
+from train.traces.votes import SparseRows
 
 SCHEMA = 1
 MANIFEST = "trace.json"

@@ -28,7 +28,7 @@ from lsa_jax.lsa.torch_pickle import (
     read_stream,
     require,
 )
-from train.columns import TraceError
+from train.traces.columns import TraceError
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # with which torch's oldest format begins
 _DTYPE = re.compile(r"b1|[iu][1248]|f[248]")

@@ -1,0 +1,157 @@
+"""The command `train.evaluate`: what it writes is what a study finds; what it refuses."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation_cases import KS, RULE, device_room, indexer, protocol, write_case
+from train import evaluate
+from train.quality.evaluation import open_traces
+from train.quality.metrics import MetricsConfig
+from train.quality.pareto import parse_budgets
+from train.quality.study import study
+from train.traces.trace import Trace
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Path:
+    sizes = {"documents": 3, "tokens": 80, "prompt_entries": 90}
+    return write_case(tmp_path_factory.mktemp("evaluate") / "case", **sizes)
+
+
+@pytest.fixture(scope="module")
+def traces(case: Path) -> list[Trace]:
+    return open_traces([case / "traces"])
+
+
+def command(case: Path, out: Path, *extra: str) -> list[str]:
+    return [
+        *("--indexer", str(case / "i0.safetensors"), "--traces", str(case / "traces")),
+        *("--config", str(case / "config.json"), "--out", str(out), "--recency", "12"),
+        *("--interval", "32", "--window", "16", "--ks", "5,20", "--budgets", "0.20,0.80", *extra),
+    ]
+
+
+@pytest.fixture(scope="module")
+def out(case: Path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "out"
+    both = ("--indexer", *(str(case / f"i{i}.safetensors") for i in range(2)))
+    assert evaluate.main(command(case, out, *both, "--length-edges", "50,300", "--no-plots")) == 0
+    return out
+
+
+def test_the_command_reports_what_a_study_finds(out: Path, traces: list[Trace]) -> None:
+    report = json.loads((out / "report.json").read_text())
+    assert report["schema"] == 1 and report["command"]["interval"] == 32
+    assert report["resident"] == {"recency": 12, "sink": 0, "page_entries": 8}
+    assert report["traces"]["documents"] == 3 and report["traces"]["decisions"] == 9
+    assert "golden sets only" in report["arms"]["lagged"]
+    metrics = MetricsConfig(ks=KS, resident=dataclasses.replace(RULE, sink=0))
+    fields = {"interval": 32, "metrics": metrics, "taus": (16, 32, 64, 128, 256)}
+    cfg = protocol(budgets=parse_budgets("0.20,0.80"), **fields)
+    for seed in (0, 1):
+        want = study(indexer(seed), traces, device_room(), cfg)
+        got = report["indexers"][f"i{seed}"]
+        assert got["deployed"] == "ensemble.max" and got["threshold"] == 0.5
+        assert got["arms"]["all"].keys() == want.arms.keys()
+        for arm, result in want.arms.items():
+            for name, figure in got["arms"]["all"][arm].items():
+                numerator, denominator = sum(tally.get(name, 0) for tally in result.tallies)
+                if denominator == 0:
+                    assert figure == [None, None, None]
+                else:
+                    assert figure[0] == pytest.approx(numerator / denominator)
+                    assert figure[1] <= figure[0] + 1e-9 and figure[0] <= figure[2] + 1e-9
+    assert "window/all/f1" in report["indexers"]["i0"]["arms"]["all"]["layer.0"]
+
+
+def test_differences_are_paired_and_of_what_decides(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    arms = report["indexers"]["i1"]["arms"]["all"]
+    pairs = {"i1 - lagged": arms["lagged"], "i1 - i0": None}
+    pairs["i1 - i0"] = report["indexers"]["i0"]["arms"]["all"]["ensemble.max"]
+    for pair, other in pairs.items():
+        name = "window/evictable/recall@0.80"
+        value, low, high = report["differences"][pair][name]
+        assert value == pytest.approx(arms["ensemble.max"][name][0] - other[name][0])
+        assert low <= value <= high
+
+
+def test_curves_and_calibration_are_written_as_csv(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    rows = [*csv.DictReader((out / "pareto.csv").read_text().splitlines())]
+    one = next(
+        row
+        for row in rows
+        if (row["indexer"], row["arm"], row["horizon"]) == ("i1", "random", "tau 1-16")
+        and (row["candidates"], row["budget"], row["lengths"]) == ("evictable", "0.80", "all")
+    )
+    figures = report["indexers"]["i1"]["arms"]["all"]["random"]
+    recall = figures["tau 1-16/evictable/recall@0.80"]
+    got = [float(one[name]) for name in ("recall", "recall_low", "recall_high")]
+    assert got == pytest.approx(recall, rel=1e-5)
+    share = report["indexers"]["i1"]["device"]["all"]["share@0.80"][0]
+    assert float(one["kv_share"]) == pytest.approx(share, rel=1e-5) and share <= 0.8
+    bins = [*csv.DictReader((out / "calibration.csv").read_text().splitlines())]
+    counted = [row for row in bins if (row["indexer"], row["arm"]) == ("i0", "layer.2")]
+    assert len(counted) == 2 * 20
+    every = sum(int(row["count"]) for row in counted if row["candidates"] == "all")
+    assert every == 3 * (90 + 98 + 106)  # entries at tokens 0, 32 and 64
+
+
+@pytest.mark.slow  # matplotlib takes seconds to import
+def test_pictures_are_drawn_unless_they_are_not_wanted(case: Path, out: Path, tmp_path) -> None:
+    assert evaluate.main(command(case, tmp_path, "--interval", "64")) == 0
+    for name in ("pareto.png", "calibration.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert not (out / name).exists()
+
+
+@pytest.mark.parametrize(("policy", "recency"), [("budget", 8), ("published", 2048), ("top", 8)])
+def test_the_newest_entries_stay_as_in_decoding(case, tmp_path, policy: str, recency: int) -> None:
+    options = ["--policy", policy, "--interval", "64", "--baselines", "", "--no-plots"]
+    line = command(case, tmp_path, *options)
+    at = line.index("--recency")
+    assert evaluate.main(line[:at] + line[at + 2 :]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["resident"]["recency"] == recency and report["arms"] == {}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--budgets", "0.10,2.0"), "kv_budget must be in (0, 1]"),
+        (("--budgets", "0.1,0.1"), "budgets must be distinct"),
+        (("--traces", "absent"), "absent must have finished traces, got none"),
+        (("--indexer", "absent.safetensors"), "absent.safetensors"),
+        (("--config", "v4_flash"), "indexer.hidden_size"),
+        (("--threshold", "0.5", "--taus", ""), "exists already: --overwrite replaces it"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(
+    case: Path, out: Path, extra: tuple[str, ...], message: str, capsys
+) -> None:
+    before = (out / "report.json").read_bytes()
+    again = () if "exists" in message else ("--overwrite",)
+    assert evaluate.main(command(case, out, *extra, *again, "--no-plots")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert (out / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (("--baselines", "luck"), "--baselines: must be some of recency,random,lagged,oracle"),
+        (("--ks", "5,5"), "--ks: must be positive and strictly ascending"),
+        (("--threshold", "1"), "--threshold: it must be in (0, 1), got 1.0"),
+        (("--interval", "0"), "--interval: must be an integer >= 1, got '0'"),
+    ],
+)
+def test_bad_options_are_one_line(case, tmp_path, extra, message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(command(case, tmp_path, *extra))
+    assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Finds negatives that indexers take for positives: `python -m train.mine_hard`.
+
+    python -m train.mine_hard --indexer FILE [--indexer ..] --traces DIR --out F.npz
+
+Scores every fourth token with each indexer. An entry's score in a document is the highest logit
+that any indexer's layer gives it at any of these tokens at which it exists; of the entries that are
+golden at no token of the document, the best 300 are kept (LSA spec 5.2). F.npz has them by trace
+name, best first, and under `_metadata` what made them, as JSON; `data.hard_negatives` of a training
+configuration names the file. The same input gives the same file.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lsa_jax import cli
+from lsa_jax.config_checks import refusal
+from lsa_jax.lsa import indexer_config
+from lsa_jax.lsa.indexer_file import IndexerFile
+from lsa_jax.lsa.indexer_io import from_file
+from lsa_jax.lsa.memory_indexer import MemoryIndexer
+from train.export import leaf_digests, read_source
+from train.quality.evaluation import Recording, decisions, open_traces
+from train.traces.columns import TraceError
+from train.traces.trace import Trace
+from train.traces.trace_info import digest
+
+SCHEMA = 1
+METADATA = "_metadata"  # no trace's name begins like this
+
+
+def highest_logits(
+    indexers: Sequence[MemoryIndexer], trace: Trace, recording: Recording, *, interval: int
+) -> np.ndarray:
+    """Each entry's highest logit, float32 [N]; -inf where it existed at no scored token."""
+    best = np.full(trace.entries, -np.inf, np.float32)
+    tokens = recording.decisions(interval)
+    for indexer in indexers:
+        for decision in decisions(indexer, trace, recording, tokens):
+            found = best[: decision.entries]
+            np.maximum(found, decision.logits.max(axis=0), out=found)
+    return best
+
+
+def hard_negatives(
+    indexers: Sequence[MemoryIndexer], trace: Trace, *, interval: int, top_k: int
+) -> np.ndarray:
+    """The `top_k` best scored entries that are never golden, int64, best first.
+
+    Fewer where there are not as many; the lower entry first among equals.
+    """
+    recording = Recording.of(trace)
+    best = highest_logits(indexers, trace, recording, interval=interval)
+    best[recording.document.votes.indices] = -np.inf
+    order = np.argsort(-best, kind="stable")[:top_k]
+    return order[best[order] > -np.inf].astype(np.int64)
+
+
+def write_hard(dst: Path, found: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Writes the file; it appears complete or not at all."""
+    partial = dst.with_name(dst.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            text = json.dumps(metadata, sort_keys=True)
+            np.savez(file, allow_pickle=False, **{METADATA: np.array(text), **found})
+        partial.rename(dst)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def indexer_digest(indexer: IndexerFile) -> str:
+    """Digest of an indexer, whatever file it is in."""
+    return digest([indexer_config.to_json(indexer.config), leaf_digests(indexer.leaves)])
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(prog="python -m train.mine_hard", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    indexer = "run, indexer file or exported directory; may be given several times"
+    parser.add_argument("--indexer", type=Path, action="append", required=True, help=indexer)
+    parser.add_argument("--traces", type=Path, nargs="+", required=True, help="trace sets")
+    parser.add_argument("--out", type=Path, required=True, metavar="F.npz")
+    parser.add_argument("--interval", type=int, default=4, help="tokens (default: 4)")
+    parser.add_argument("--top-k", type=int, default=300, help="of a document (default: 300)")
+    return parser.parse_args(argv)
+
+
+def mine(args: argparse.Namespace) -> tuple[int, int]:
+    """Does what the command line asks for; returns the numbers of documents and of entries."""
+    for option in ("interval", "top_k"):
+        if getattr(args, option) < 1:
+            raise refusal(f"--{option.replace('_', '-')}", getattr(args, option), ">= 1")
+    if args.out.suffix != ".npz":
+        raise refusal("--out", str(args.out), "a name that ends in .npz")
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already: delete it or choose another name")
+    files = [read_source(path).indexer for path in args.indexer]
+    indexers, traces = [from_file(file) for file in files], open_traces(args.traces)
+    names = sorted(trace.info.name for trace in traces)
+    repeated = [a for a, b in itertools.pairwise(names) if a == b]
+    if repeated:
+        raise TraceError(f"traces must have different names, got {repeated[0]} again")
+    found: dict[str, np.ndarray] = {}
+    with cli.token_progress(sum(trace.tokens for trace in traces), "mine") as progress:
+        for trace in traces:
+            options = {"interval": args.interval, "top_k": args.top_k}
+            found[trace.info.name] = hard_negatives(indexers, trace, **options)
+            progress(trace.tokens)
+    metadata = {"schema": SCHEMA, "interval": args.interval, "top_k": args.top_k}
+    metadata |= {"indexers": [indexer_digest(file) for file in files]}
+    write_hard(args.out, found, metadata)
+    return len(found), sum(len(entries) for entries in found.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parse(argv)
+
+    def body() -> None:
+        documents, entries = mine(args)
+        print(f"{args.out}: {entries:,} hard negatives of {documents:,} documents")
+
+    return cli.exit_code(body, interrupted="interrupted; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The backbone itself, trained from scratch: sequences, losses, a step."""

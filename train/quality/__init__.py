@@ -1,0 +1,1 @@
+"""How good an indexer's choices are, beside arms that are not trained."""

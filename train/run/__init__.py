@@ -1,0 +1,1 @@
+"""A training run: objectives, the step, the loop, checkpoints."""

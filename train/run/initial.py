@@ -1,0 +1,91 @@
+"""What training starts from: random weights, the backbone's own indexers widened, or a file."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lsa_jax import model_io
+from lsa_jax.checkpoint import store
+from lsa_jax.config import ConfigError
+from lsa_jax.config_checks import refusal
+from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig, leaf_shapes
+from lsa_jax.lsa.indexer_reader import read_indexer
+from lsa_jax.lsa.widening import widen
+from train.data.corpus import Corpus
+from train.run.config import TrainConfig
+from train.traces.trace_info import fingerprint, indexer_fields
+
+Leaves = dict[str, np.ndarray]
+
+_NATIVE = ("wq_a.", "q_norm.", "indexer.wq_b.", "indexer.weights_proj.")  # all that widening reads
+
+
+def indexer_config(cfg: TrainConfig, corpus: Corpus) -> IndexerConfig:
+    """The indexer that the traces and the configuration's [indexer] describe."""
+    fields = indexer_fields(corpus.info, hidden_size=corpus.hidden_size, head_dim=corpus.head_dim)
+    return IndexerConfig(**fields, **dataclasses.asdict(cfg.indexer))
+
+
+def random_leaves(cfg: IndexerConfig, seed: int) -> Leaves:
+    """Float32 weights as torch's Linear begins: uniform in +-1/sqrt(inputs); norms of one.
+
+    A learned ensemble begins even. Leaf by leaf from NumPy's PCG64, the same on every machine.
+    """
+    leaves: Leaves = {}
+    for i, (name, shape) in enumerate(leaf_shapes(cfg).items()):
+        if name == ENSEMBLE_LEAF:
+            leaves[name] = np.zeros(shape, np.float32)
+        elif len(shape) == 1:
+            leaves[name] = np.ones(shape, np.float32)
+        else:
+            rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
+            bound = np.float32(shape[-1] ** -0.5)
+            leaves[name] = bound * (2 * rng.random(shape, np.float32) - 1)
+    return leaves
+
+
+def native_leaves(
+    cfg: IndexerConfig, checkpoint: Path, corpus: Corpus, seed: int
+) -> tuple[IndexerConfig, Leaves]:
+    """The lightning indexers of a converted checkpoint, widened; only their leaves are read.
+
+    The configuration's epsilon is the widened one. ConfigError where the traces are of another
+    model.
+    """
+    model = model_io.read_config(checkpoint)
+    traced = corpus.info.model
+    if traced is not None and traced != fingerprint(model):
+        raise ConfigError(f"init.path must be of the model of the traces, got {str(checkpoint)!r}")
+    prefixes = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
+    wanted = tuple(prefix + name for prefix in prefixes for name in _NATIVE)
+    _, leaves = store.load_checkpoint(checkpoint, wanted=lambda path: path.startswith(wanted))
+    indexer = widen(cfg, model, leaves, jax.random.key(seed))
+    return indexer.cfg, {name: np.asarray(leaf) for name, leaf in indexer.leaves().items()}
+
+
+def file_leaves(cfg: IndexerConfig, path: Path) -> tuple[IndexerConfig, Leaves]:
+    """An indexer file's weights, which must be of the shape, ensemble and RoPE asked for.
+
+    The norm's epsilon is the file's own: a widened indexer's is not its model's.
+    """
+    file = read_indexer(path)
+    deployed = {"norm_eps": file.config.norm_eps, "query_mode": file.config.query_mode}
+    wanted = dataclasses.replace(cfg, **deployed)
+    for field in dataclasses.fields(IndexerConfig):
+        got, want = getattr(file.config, field.name), getattr(wanted, field.name)
+        if got != want:
+            raise refusal(f"init.path: indexer.{field.name} of {path}", got, f"{want!r}")
+    leaves = {name: leaf.astype(np.float32) for name, leaf in file.leaves.items()}
+    return dataclasses.replace(wanted, query_mode=cfg.query_mode), leaves
+
+
+def initial_indexer(cfg: TrainConfig, corpus: Corpus) -> tuple[IndexerConfig, Leaves]:
+    """The configuration and float32 leaves, by released names, that a run begins with."""
+    wanted = indexer_config(cfg, corpus)
+    if cfg.init.kind == "native":
+        return native_leaves(wanted, Path(cfg.init.path), corpus, cfg.run.seed)
+    if cfg.init.kind == "indexer":
+        return file_leaves(wanted, Path(cfg.init.path))
+    return wanted, random_leaves(wanted, cfg.run.seed)

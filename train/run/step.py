@@ -1,0 +1,265 @@
+"""One training step: logits, losses and an update, on however many devices the batch is spread."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from lsa_jax.config_checks import refusal
+from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig
+from lsa_jax.shardings import batch_sharding
+from train.data.batch import Batch
+from train.run import losses, optimizer
+from train.run.forward import compute_leaves, indexer_logits, log_length_scale
+from train.run.losses import ObjectiveConfig, Targets
+from train.run.optimizer import OptimizerConfig, Params, TrainState
+
+
+class Inputs(NamedTuple):
+    """What a step is computed from: a `train.data.batch.Batch` without what only the host needs."""
+
+    hidden: Any  # [L, B, D]
+    positions: Any  # int32 [B]
+    entries: Any  # int32 [B]
+    keys: Any  # [L, B, C, K]
+    key_scale: Any  # float32 [L, B, C], or None
+    targets: Targets  # [B, C] each
+
+
+# Where the samples are; all else is whole on every device.
+_AXES = Inputs(1, 0, 0, 1, 1, 0)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a step's program is made of; static.
+
+    `total` is the number of updates that the schedule is for; `log_n_reference` the length whose
+    logits `log_length_scale` leaves as they are (0: off).
+    """
+
+    indexer: IndexerConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    total: int
+    compute_dtype: str = "bfloat16"
+    log_n_reference: int = 0
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise refusal("run.compute_dtype", self.compute_dtype, "bfloat16 or float32")
+        kind, objective = self.indexer.ensemble, self.objective
+        if objective.on_ensemble and objective.ensemble != kind:
+            raise refusal("objective.ensemble", objective.ensemble, f"indexer.ensemble, {kind!r}")
+        if kind == "learned" and not objective.on_ensemble:
+            wanted = "> 0, as indexer.ensemble is learned"
+            raise refusal("objective.on_ensemble", objective.on_ensemble, wanted)
+        if self.log_n_reference:
+            if self.log_n_reference < 2:
+                raise refusal("run.log_n_reference", self.log_n_reference, "0 or >= 2")
+            if kind == "mean":  # of probabilities: scaled logits would change its order
+                wanted = "max or learned with run.log_n_reference"
+                raise refusal("indexer.ensemble", kind, wanted)
+
+
+class Report(NamedTuple):
+    """What a step says of itself, on the host."""
+
+    loss: float
+    terms: dict[str, np.ndarray]  # [L] each, scalars for the ensemble's
+    norm: float
+    rate: float
+    taken: bool
+    skipped: int
+    skipped_in_a_row: int
+    asked_to_stop: bool
+
+
+def place(batch: Batch | Inputs, mesh: Mesh) -> Inputs:
+    """A batch's rows spread over the mesh's axis "data"; each process gives its own rows."""
+    axis = batch_sharding(mesh).spec[0]
+
+    def put(dim: int, part: Any) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * dim, axis))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), part)
+
+    whole = Inputs(*(getattr(batch, name) for name in Inputs._fields))
+    return jax.tree.map(put, _AXES, whole)
+
+
+def check_rows(rows: int, mesh: Mesh, accumulate: int) -> None:
+    """Refuses a batch that does not divide over devices and parts."""
+    data = mesh.shape["data"]
+    if rows % (data * accumulate):
+        wanted = f"a multiple of {data} devices times optimizer.accumulate={accumulate}"
+        raise refusal("data.batch_size", rows, wanted)
+
+
+def _parts(inputs: Inputs, count: int) -> Inputs:
+    """Samples dealt out to `count` parts on a new first axis: every device has some of each."""
+
+    def split(dim: int, x: Array) -> Array:
+        shape = (*x.shape[:dim], x.shape[dim] // count, count, *x.shape[dim + 1 :])
+        return jnp.moveaxis(x.reshape(shape), dim + 1, 0)
+
+    def deal(dim: int, part: Any) -> Any:
+        return jax.tree.map(lambda x: split(dim, x), part)
+
+    return jax.tree.map(deal, _AXES, inputs)
+
+
+def _count(name: str, targets: Targets, cfg: ObjectiveConfig) -> Float[Array, ""]:
+    """What a loss divides its sum by: elements, pairs, or attention mass."""
+    valid = targets.valid
+    if name in ("bpr", "margin"):
+        positive = valid & (targets.labels > 0.5)
+        negatives = jnp.sum(valid & ~positive, axis=1, dtype=jnp.float32)
+        return jnp.sum(jnp.sum(positive, axis=1) * negatives)
+    if name == "missed":
+        flat = jnp.zeros((1, *valid.shape))
+        pages = losses.pool_pages(flat, targets, cfg.page_entries)[1]
+        mass = jnp.where(pages.valid, pages.stands_for * pages.mass, 0)
+        return jnp.sum(mass)
+    return jnp.sum(valid, dtype=jnp.float32)
+
+
+def _shares(targets: Targets, cfg: ObjectiveConfig) -> dict[str, Float[Array, " A"]]:
+    """Each part's share of what the whole batch's losses divide by; exactly 1 of a single part."""
+    names = [name for name in losses.TERMS if getattr(cfg, name)]
+    counts = {name: jax.vmap(lambda t, n=name: _count(n, t, cfg))(targets) for name in names}
+    return {name: n / jnp.where(jnp.sum(n) > 0, jnp.sum(n), 1) for name, n in counts.items()}
+
+
+def _weighted(
+    parts: Mapping[str, Array], shares: Mapping[str, Array], cfg: ObjectiveConfig
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """A part's contribution to the batch's loss, and to its terms (see `losses.objective`)."""
+    loss, terms = jnp.zeros(()), {}
+    for name, value in parts.items():
+        loss_name = name.removeprefix("ensemble.")
+        weight = cfg.per_layer if loss_name == name else cfg.on_ensemble
+        terms[name] = value * shares[loss_name]
+        loss += weight * getattr(cfg, loss_name) * jnp.mean(terms[name])
+    return loss, terms
+
+
+def loss_of_part(
+    cfg: StepConfig, leaves: Params, inputs: Inputs, shares: Mapping[str, Array]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The share of the batch's loss, and of its terms, that one part of the samples makes up."""
+    logits = indexer_logits(
+        cfg.indexer, leaves, inputs.hidden, inputs.positions, inputs.keys, inputs.key_scale
+    )
+    if cfg.log_n_reference:
+        logits *= log_length_scale(inputs.entries, cfg.log_n_reference)[:, None]
+    weight = leaves.get(ENSEMBLE_LEAF)
+    _, parts = losses.objective(logits, inputs.targets, cfg.objective, ensemble_weight=weight)
+    return _weighted(parts, shares, cfg.objective)
+
+
+def gradients(
+    cfg: StepConfig, params: Params, inputs: Inputs
+) -> tuple[Float[Array, ""], dict[str, Array], Params]:
+    """Loss, terms and float32 gradients of a batch, computed in `optimizer.accumulate` parts."""
+    leaves = compute_leaves(params, cfg.compute_dtype)
+    dealt = _parts(inputs, cfg.optimizer.accumulate)
+    shares = _shares(dealt.targets, cfg.objective)
+
+    def one(part: Inputs, share: dict[str, Array]) -> Any:
+        f = jax.value_and_grad(loss_of_part, argnums=1, has_aux=True)
+        (loss, terms), found = f(cfg, leaves, part, share)
+        return loss, terms, jax.tree.map(lambda x: x.astype(jnp.float32), found)
+
+    if cfg.optimizer.accumulate == 1:
+        return one(*jax.tree.map(lambda x: x[0], (dealt, shares)))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (dealt, shares)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (dealt, shares))[0]
+
+
+def _pack(tree: Any) -> Float[Array, " M"]:
+    """A tree of small arrays as one vector: one transfer to the host."""
+    return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(tree)])
+
+
+class Step:
+    """The compiled step of one configuration; it takes the state over (donates it).
+
+    `__call__(state, inputs, stop)` returns the new state and a packed report for `report`. `stop`
+    is `request(flag)`: where any process passes True, all processes read so in the same report,
+    which is how they agree on the step to stop after.
+    """
+
+    def __init__(self, cfg: StepConfig, mesh: Mesh) -> None:
+        self.cfg, self.mesh = cfg, mesh
+        self.rates: optax.Schedule = optimizer.schedule(cfg.optimizer, cfg.total)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._requests = {flag: self._request(flag) for flag in (False, True)}
+        self._run: Callable[..., tuple[TrainState, Array]] = jax.jit(
+            self._step, donate_argnums=0, out_shardings=self.replicated
+        )
+
+    def _request(self, flag: bool) -> Array:
+        spread = batch_sharding(self.mesh)
+        mine = np.full(len(spread.addressable_devices), flag, np.float32)
+        return jax.make_array_from_process_local_data(spread, mine)
+
+    def _terms(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the terms, by name."""
+        objective = self.cfg.objective
+        names = [name for name in losses.TERMS if getattr(objective, name)]
+        shapes: dict[str, tuple[int, ...]] = {}
+        if objective.per_layer:
+            shapes |= {name: (len(self.cfg.indexer.target_layers),) for name in names}
+        if objective.on_ensemble:
+            shapes |= {f"ensemble.{name}": () for name in names}
+        return shapes
+
+    def _step(self, state: TrainState, inputs: Inputs, stop: Array) -> tuple[TrainState, Array]:
+        loss, terms, found = gradients(self.cfg, state.params, inputs)
+        state, applied = optimizer.apply(self.cfg.optimizer, self.rates, state, found, loss)
+        counters = (state.skipped, state.skipped_in_a_row)
+        ordered = [terms[name] for name in self._terms()]
+        return state, _pack((loss, *applied, *counters, jnp.max(stop), ordered))
+
+    def init(self, params: Mapping[str, Any]) -> TrainState:
+        """The state before the first step, whole on every device, of float32 parameters.
+
+        The arrays are copies: donating them takes nothing from the caller.
+        """
+        own = {name: np.asarray(x, np.float32) for name, x in params.items()}
+
+        def make(params: Params) -> TrainState:
+            return optimizer.init_state(self.cfg.optimizer, jax.tree.map(jnp.copy, params))
+
+        return jax.jit(make, out_shardings=self.replicated)(own)
+
+    def place(self, batch: Batch | Inputs) -> Inputs:
+        """A batch of the host on the devices (see `place`)."""
+        return place(batch, self.mesh)
+
+    def __call__(
+        self, state: TrainState, inputs: Inputs, *, stop: bool = False
+    ) -> tuple[TrainState, Array]:
+        """The state after a step, and its packed report; returns before it is computed."""
+        return self._run(state, inputs, self._requests[stop])
+
+    def report(self, packed: Array) -> Report:
+        """A step's report, waiting for it."""
+        loss, norm, rate, taken, skipped, row, stop, *rest = np.asarray(packed).tolist()
+        terms: dict[str, np.ndarray] = {}
+        for name, shape in self._terms().items():
+            size = int(np.prod(shape))
+            terms[name] = np.asarray(rest[:size], np.float32).reshape(shape)
+            rest = rest[size:]
+        return Report(loss, terms, norm, rate, bool(taken), int(skipped), int(row), stop > 0)

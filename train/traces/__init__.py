@@ -1,0 +1,1 @@
+"""Traces: the votes they hold, their format, and recording them."""
