@@ -51,6 +51,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "infer": ("infer", "lsa_jax"),
     "evals": ("evals", "infer", "train", "lsa_jax", "pallas_kernels"),
     "train": ("train", "lsa_jax"),
+    "train.traces": ("train.traces", "lsa_jax"),
+    "train.data": ("train.data", "train.traces", "lsa_jax"),
+    "train.quality": ("train.quality", "train.data.labels", "train.traces", "lsa_jax"),
+    "train.run": ("train.run", "train.data", "train.quality", "train.traces", "lsa_jax"),
+    "train.pretraining": ("train.pretraining", "lsa_jax"),
 }
 TRAIN_COMMANDS = (
     *("import_docs", "dump_traces", "dump_options", "indexer", "evaluate", "calibrate"),

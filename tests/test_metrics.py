@@ -223,6 +223,16 @@ def test_an_interval_is_that_of_documents_drawn_one_by_one() -> None:
     assert found.high == pytest.approx(high, abs=0.1 * (high - low))
 
 
+def test_a_single_document_has_a_figure_but_no_bounds() -> None:
+    one = np.array([[[3.0, 4.0], [0.0, 0.0]]])
+    figure, undefined = intervals.bootstrap(one)
+    assert figure.value == 0.75 and np.isnan(figure[1:]).all()
+    assert (figure.percent(), undefined.percent()) == ("75.0 [-]", "-")
+    same = intervals.paired_difference(one, one)[0]
+    assert same.value == 0 and np.isnan(same[1:]).all()  # and no claim that it is 0 for others
+    assert intervals.Interval(0.5, 0.25, 0.75).percent(2) == "50.00 [25.00, 75.00]"
+
+
 def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(4)
     covered = 0

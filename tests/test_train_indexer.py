@@ -24,7 +24,6 @@ from tests import train_runs
 from tests.train_runs import config, train
 from tests.train_traces import planted_traces
 from train.data.corpus import Corpus
-from train.data.splits import open_corpora
 from train.indexer import main
 from train.quality.evaluation import evaluate_traces
 from train.quality.metrics import MetricsConfig, add_tallies
@@ -33,6 +32,7 @@ from train.run import forward, initial
 from train.run.checkpoints import load_params
 from train.run.config import InitConfig, load_train_config
 from train.run.progress import TensorBoard, read_metrics
+from train.run.splits import open_corpora
 from train.traces.trace_info import KeyRope, fingerprint
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 from train.data.batch import Batch
-from train.data.splits import open_corpora
 from train.run import loop
 from train.run.checkpoints import Checkpoints, Progress
 from train.run.config import load_train_config
+from train.run.splits import open_corpora
 
 
 def say(what: str, step: int) -> None:

@@ -13,11 +13,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.train_traces import PAGE, planted_traces
 from train.data.batch import Batch
-from train.data.splits import open_corpora
 from train.run import loop
 from train.run.checkpoints import load_params
 from train.run.config import TrainConfig, from_table
 from train.run.progress import read_metrics
+from train.run.splits import open_corpora
 
 
 @contextlib.contextmanager

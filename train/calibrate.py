@@ -218,10 +218,9 @@ def run(args: argparse.Namespace) -> list[str]:
 
 def _line(row: Row) -> str:
     at = "" if row.threshold is None else f", threshold {row.threshold:.4f}"
-    value, low, high = (100 * x for x in row.obtained)
     return (
         f"{row.bucket} entries, {row.decisions:,} decisions: requested {100 * row.requested:.2f} %,"
-        f" obtained {value:.2f} [{low:.2f}, {high:.2f}] %{at}"
+        f" obtained {row.obtained.percent(2)} %{at}"
     )
 
 

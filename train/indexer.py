@@ -15,12 +15,12 @@ from pathlib import Path
 import jax
 
 from lsa_jax import cli
-from train.data.splits import open_corpora
 from train.data.statistics import describe
 from train.run import loop
 from train.run.checkpoints import INDEXER
 from train.run.config import TrainConfig, load_train_config
 from train.run.progress import read_metrics, require
+from train.run.splits import open_corpora
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -5,12 +5,22 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from train.data.documents import LoadedDocument
 from train.data.sampling import Sample
-from train.run.losses import Targets
 
 AnyArray = np.ndarray | jax.Array
+
+
+class Targets(NamedTuple):
+    """What a batch of samples should be scored like; all [B, C]."""
+
+    labels: Float[Array, "B C"]  # 1: read within the window; 0: not
+    weights: Float[Array, "B C"]  # of the losses that weigh elements
+    mass: Float[Array, "B C"]  # attention mass over the window, all CSA layers
+    valid: Bool[Array, "B C"]
+    stands_for: Float[Array, "B C"]  # candidates of the full pool that a drawn one represents
 
 
 class Batch(NamedTuple):

@@ -224,6 +224,4 @@ def _share(device: Figures, budget: str) -> str:
 
 
 def _percent(figure: Interval | None) -> str:
-    if figure is None or math.isnan(figure.value):
-        return "-"
-    return f"{100 * figure.value:.1f} [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
+    return "-" if figure is None else figure.percent()

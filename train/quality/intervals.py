@@ -4,6 +4,7 @@ Every metric of `train.quality.metrics` is a ratio of two sums over documents, s
 a weighting of the documents: of [D] numerators and [D] denominators.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +16,20 @@ _BLOCK = 256  # resamples drawn at once: [256, D] weights
 
 
 class Interval(NamedTuple):
-    """A figure and the bounds of its interval; NaN where it is undefined (0 / 0)."""
+    """A figure and the bounds of its interval; NaN where it is undefined (0 / 0), and bounds of a
+    single document's."""
 
     value: float
     low: float
     high: float
+
+    def percent(self, digits: int = 1) -> str:
+        """For people: "61.1 [58.0, 63.9]", without bounds "61.1 [-]", undefined "-"."""
+        if math.isnan(self.value):
+            return "-"
+        bounds = (f"{100 * x:.{digits}f}" for x in (self.low, self.high))
+        inside = "-" if math.isnan(self.low) else ", ".join(bounds)
+        return f"{100 * self.value:.{digits}f} [{inside}]"
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -34,7 +44,8 @@ def resampled(
     """Ratios [M] of M metrics, and those of each resample [R, M]; `sums` is [D, M, 2].
 
     The documents drawn depend on (seed, resamples, D) only: figures of two models on the same
-    documents are resampled alike, and can be compared as pairs.
+    documents are resampled alike, and can be compared as pairs. A single document says nothing of
+    how documents differ: its resamples are undefined, and so are the bounds of its intervals.
     """
     if sums.ndim != 3 or sums.shape[2] != 2 or not len(sums):
         raise refusal("sums", sums.shape, "[D, M, 2] with at least one document")
@@ -47,7 +58,7 @@ def resampled(
         size = min(_BLOCK, resamples - start)
         drawn = rng.multinomial(count, np.full(count, 1 / count), size=size)
         parts.append(np.tensordot(drawn.astype(np.float64), sums, axes=1))
-    again = np.concatenate(parts)
+    again = np.concatenate(parts) * (1 if count > 1 else np.nan)
     return _ratio(total[:, 0], total[:, 1]), _ratio(again[..., 0], again[..., 1])
 
 

@@ -22,7 +22,7 @@ from train.run.losses import ObjectiveConfig
 from train.run.optimizer import OptimizerConfig
 
 # Beside the package, in a checkout and in site-packages alike.
-_PRESETS = Path(__file__).resolve().parents[1] / "configs"
+_PRESETS = Path(__file__).resolve().parents[2] / "configs"
 
 InitKind = Literal["random", "native", "indexer"]
 ComputeDtype = Literal["bfloat16", "float32"]

@@ -27,7 +27,6 @@ from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.data.dataset import Batches
-from train.data.splits import open_batches
 from train.quality import evaluation
 from train.quality.metrics import MetricsConfig, add_tallies
 from train.run import checkpoints
@@ -35,6 +34,7 @@ from train.run.checkpoints import INDEXER, Checkpoints, Progress
 from train.run.config import TrainConfig
 from train.run.initial import initial_indexer
 from train.run.progress import VALIDATION, MetricsLog, TensorBoard, Window
+from train.run.splits import open_batches
 from train.run.step import Report, Step, StepConfig, check_rows
 
 Observer = Callable[[int, Batch], None]

@@ -9,7 +9,7 @@ that `train.data.labels` restricts to evictable ones where asked to.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from lsa_jax.config import ConfigError
 from lsa_jax.config_checks import number, refusal
 from lsa_jax.lsa.indexer_config import Ensemble
+from train.data.batch import Targets
 
 PAIR_TILE = 1 << 24  # pairs held at once by `pairwise`: 64 MiB of float32
 TERMS = ("bce", "focal", "bpr", "margin", "mass", "missed")
 _BISECTIONS = 48  # more than float32 can tell apart in any interval met here
 _SATURATED = 40.0  # sigmoid(40) is 1 in float32
-
-
-class Targets(NamedTuple):
-    """What a batch of samples should be scored like; all [B, C]."""
-
-    labels: Float[Array, "B C"]  # 1: read within the window; 0: not
-    weights: Float[Array, "B C"]  # of `bce` and `focal`
-    mass: Float[Array, "B C"]  # attention mass over the window, all CSA layers
-    valid: Bool[Array, "B C"]
-    stands_for: Float[Array, "B C"]  # candidates of the full pool that a drawn one represents
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
