@@ -171,6 +171,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_documents_that_are_fitted_on_cannot_be_held_out(case, tmp_path, capsys) -> None:
+    both = ("--budgets", "0.5", "--holdout", str(case / "traces" / "doc-0-3"))
+    assert calibrate.main(command(case, tmp_path / "out.safetensors", *both)) == 2
+    error = capsys.readouterr().err
+    assert "--holdout must be traces that are not fitted on, got" in error and "doc-0-3" in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_indexer_is_never_written_over(case: Path, capsys) -> None:
     path = case / "i0.safetensors"
     before = path.read_bytes()

@@ -338,6 +338,14 @@ def test_a_run_goes_on_with_another_number_of_processes(corpus):
         iterator.close()
 
 
+def relabelled(corpus: Corpus) -> Corpus:
+    """The same documents, recorded once more with other votes."""
+    first, *others = corpus.traces
+    votes = dataclasses.replace(first.columns["vote_scores"], sha256="another")
+    columns = {**first.columns, "vote_scores": votes}
+    return Corpus([dataclasses.replace(first, columns=columns), *others], corpus.target_layers)
+
+
 def test_a_state_of_other_data_is_refused(corpus, sets):
     iterator = batches(corpus, DATA, SAMPLING)
     state = iterator.get_state()
@@ -346,6 +354,7 @@ def test_a_state_of_other_data_is_refused(corpus, sets):
         batches(corpus, dataclasses.replace(DATA, seed=9), SAMPLING),
         batches(corpus, DATA, dataclasses.replace(SAMPLING, neg_ratio=1.0)),
         batches(Corpus.open(sets[:1]), DATA, SAMPLING),
+        batches(relabelled(corpus), DATA, SAMPLING),
     ]
     for other in others:
         with pytest.raises(ConfigError, match="data's state must be one of the same traces"):

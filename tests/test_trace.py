@@ -121,7 +121,8 @@ def test_a_small_document_makes_few_small_files(tmp_path):
     assert len(files) == 2 * len(trace.columns) + 1 == 25
     payload = sum(np.prod(c.shape) * c.numpy_dtype.itemsize for c in trace.columns.values())
     shards = sum(path.stat().st_size for path in files if not path.name.endswith(".json"))
-    assert shards == payload + len(trace.columns) * (16 + 4)  # where its chunk is, and a checksum
+    # Of its only chunk a checksum, and where it is with another.
+    assert shards == payload + len(trace.columns) * (4 + 16 + 4)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -188,6 +189,36 @@ def test_arrays_that_are_missing_or_cut_short_are_all_named(tmp_path):
     assert open_trace(trace.path, verify=False).tokens == T
     with pytest.raises(TraceError, match="doc-1/hidden is missing or damaged"):
         open_trace(trace.path, verify=False).read("hidden")
+
+
+def test_damage_is_noticed_by_whoever_reads_it_without_verification(tmp_path):
+    path = record(tmp_path, recording()).path
+    for file in shard_files(open_trace(path)):
+        name, whole = file.relative_to(path).parts[0], file.read_bytes()
+        for damaged in (bytes([whole[0] ^ 16]) + whole[1:], whole[:-30], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            with pytest.raises(TraceError, match=f"doc-1/{name} is missing or damaged"):
+                open_trace(path, verify=False).read(name)
+        file.write_bytes(whole)
+    open_trace(path)
+
+
+def test_labels_of_entries_that_are_not_there_are_refused(tmp_path):
+    trace = record(tmp_path, recording())
+    few = dataclasses.replace(trace.columns["formed_at"], shape=(3,))
+    short = dataclasses.replace(trace, columns={**trace.columns, "formed_at": few})
+    for read in (short.votes, short.mass):
+        with pytest.raises(TraceError, match=r"_indices must be in 0\.\.2, got"):
+            read()
+
+
+def test_a_trace_set_may_be_named_by_a_path_with_dots(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    same(record(Path("../set"), recording()), recording())
+    assert [path.name for path in finished_traces(Path("../set"))] == ["doc-1"]
 
 
 def test_a_damaged_or_foreign_manifest_is_refused(tmp_path):

@@ -128,8 +128,10 @@ def test_a_run_that_saved_nothing_may_be_begun_anew(root, tmp_path):
     bad = config(root, init={"kind": "indexer", "path": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(bad, run)
+    (run / checkpoints.INDEXER).write_bytes(b"of a run whose checkpoints were deleted")
     checkpoints.begin(run, config(root))
     assert checkpoints.read_config(run) == config(root)
+    assert not (run / checkpoints.INDEXER).exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(unbroken):

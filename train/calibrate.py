@@ -22,6 +22,7 @@ import numpy as np
 
 from lsa_jax import cli, config_io
 from lsa_jax.config import ConfigError
+from lsa_jax.config_checks import refusal
 from lsa_jax.lsa.budget import Budget, Calibration, allowed_pages, fit_thresholds
 from lsa_jax.lsa.indexer_file import write_indexer
 from lsa_jax.lsa.indexer_io import from_file
@@ -191,6 +192,9 @@ def run(args: argparse.Namespace) -> list[str]:
     traces = open_traces(args.traces, verify=args.verify)
     if args.holdout:
         held = open_traces(args.holdout, verify=args.verify)
+        both = {trace.path.resolve() for trace in traces} & {trace.path.resolve() for trace in held}
+        if both:
+            raise refusal("--holdout", str(min(both)), "traces that are not fitted on")
     else:
         traces, held = split(traces, args.holdout_share, args.seed)
     rule = study_options.resident_rule(args, [*traces, *held])

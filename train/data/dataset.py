@@ -217,7 +217,10 @@ class Batches:
 def _order_digest(corpus: Corpus, data: DataConfig, sampling: SamplingConfig) -> str:
     """Digest of all that a batch depends on but its number."""
     names = ("batch_size", "sample_interval", "mixed_documents", "sizes", "max_offset", "seed")
-    traces = [[t.info.name, t.columns["keys"].sha256, t.tokens] for t in corpus.traces]
+    traces = [
+        [t.info.name, {name: column.sha256 for name, column in t.columns.items()}]
+        for t in corpus.traces
+    ]
     hard = {name: digest(entries.tolist()) for name, entries in corpus.hard.items()}
     settings = {name: getattr(data, name) for name in names}
     layers = list(corpus.target_layers)

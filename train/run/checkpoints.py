@@ -92,6 +92,8 @@ def begin(run: Path, cfg: TrainConfig) -> None:
             f"{run} holds files, but no run with a {CONFIG}: choose another --out"
         )
     run.mkdir(parents=True, exist_ok=True)
+    if not finished_steps(run):  # an indexer whose checkpoints were deleted is none of this run's
+        (run / INDEXER).unlink(missing_ok=True)
     partial = file.with_name(f"{CONFIG}.partial")
     partial.write_text(json.dumps({"schema": SCHEMA, "config": config.to_json(cfg)}, indent=1))
     partial.rename(file)

@@ -2,13 +2,15 @@
 
 A row is the smallest thing that is read: a chunk holds few rows, and a shard, one file, many
 chunks with an index. So a small array is two files (metadata and a shard), a large one a file more
-for every 16 MiB, and a row of it can be read alone. Nothing is packed: bfloat16 states and e4m3
-codes hardly shrink. Other zarr readers read the directories too.
+for every 16 MiB, and a row of it can be read alone. Every chunk has a checksum, which reading holds
+it to. Nothing is packed: bfloat16 states and e4m3 codes hardly shrink. Other zarr readers read the
+directories too.
 """
 
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ def _row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
+    where = os.path.abspath(path)  # the store takes no ".."
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": where}}
 
 
 def _metadata(shape: tuple[int, ...], dtype: np.dtype, chunk: int, shard: int) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def _metadata(shape: tuple[int, ...], dtype: np.dtype, chunk: int, shard: int) -
     rest = [max(1, n) for n in shape[1:]]
     sharding = {
         "chunk_shape": [chunk, *rest],
-        "codecs": [plain],
+        "codecs": [plain, {"name": "crc32c"}],
         "index_codecs": [plain, {"name": "crc32c"}],
     }
     grid = {"chunk_shape": [shard, *rest]}
@@ -119,7 +122,13 @@ class ColumnWriter:
                 chunk = max(1, min(chunk, count))
                 shard = chunk * max(1, -(-count // chunk))
             metadata = _metadata(shape, self.dtype, chunk, shard)
-            store = ts.open({**_spec(self.path), "metadata": metadata}, create=True).result()
+            # All of it is stored, zeros too: what a reader does not find is missing.
+            spec = {
+                **_spec(self.path),
+                "metadata": metadata,
+                "store_data_equal_to_fill_value": True,
+            }
+            store = ts.open(spec, create=True).result()
         else:
             store = store.resize(exclusive_max=shape, expand_only=True).result()
         if count:
@@ -131,7 +140,8 @@ class ColumnWriter:
 def open_column(path: Path, column: Column) -> ts.TensorStore:
     """The array to read from. TraceError where it is not there or not what `column` says."""
     try:
-        store = ts.open(_spec(path), read=True, open=True).result()
+        spec = {**_spec(path), "fill_missing_data_reads": False}
+        store = ts.open(spec, read=True, open=True).result()
     except ValueError as why:
         raise _unreadable(path, why) from None
     if store.dtype.name != column.dtype or store.shape != column.shape:

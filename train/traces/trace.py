@@ -277,11 +277,22 @@ class Trace:
 
     def votes(self) -> SparseRows:
         """Golden sets by token, with votes."""
-        return SparseRows(*map(self.read, VOTES))
+        return self._sparse(VOTES)
 
     def mass(self) -> SparseRows | None:
         """Attention mass by token, where it was recorded."""
-        return SparseRows(*map(self.read, MASS)) if MASS[0] in self.columns else None
+        return self._sparse(MASS) if MASS[0] in self.columns else None
+
+    def _sparse(self, names: tuple[str, str, str]) -> SparseRows:
+        try:
+            rows = SparseRows(*map(self.read, names))
+        except ConfigError as why:
+            raise TraceError(f"{self.path}: {names[0]} is damaged: {why}") from None
+        found = rows.indices
+        if found.size and not 0 <= found.min() <= found.max() < self.entries:
+            got = f"{found.min()}..{found.max()}"
+            raise TraceError(f"{self.path}: {names[0]} must be in 0..{self.entries - 1}, got {got}")
+        return rows
 
     def golden_logits(self) -> np.ndarray | None:
         """Native logits [G, L, M] at the first G tokens, where they were recorded."""
