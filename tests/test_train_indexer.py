@@ -237,6 +237,11 @@ def test_splits_that_do_not_fit_one_another_are_refused(root, tmp_path):
     cfg = config(root, data={"train": [str(tmp_path / "bare")]}, objective={"mass": 0.5})
     with pytest.raises(ConfigError, match=r"objective.mass must be 0, as .* has no attention mass"):
         open_corpora(cfg)
+    fits = {"vote_weighting": True, "least_votes": 3, "most_votes": 4}  # of four layers
+    open_corpora(config(root, sampling=fits))
+    for bounds in ({"least_votes": 4, "most_votes": 5}, {"least_votes": 2, "most_votes": 3}):
+        with pytest.raises(ConfigError, match=r"most_votes must be around 3\.\.4, the votes of"):
+            open_corpora(config(root, sampling={**fits, **bounds}))
 
 
 @pytest.mark.slow

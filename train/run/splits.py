@@ -1,12 +1,14 @@
 """The traces that a run is given: opened, checked against each other, and made into batches."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
 from lsa_jax.config_checks import refusal
 from train.data.corpus import Corpus
 from train.data.dataset import Batches, batches
+from train.data.labels import SamplingConfig
 from train.run.config import TrainConfig
 from train.traces.trace import Trace
 
@@ -28,12 +30,24 @@ def open_corpora(cfg: TrainConfig) -> dict[str, Corpus]:
             # Refuses, naming both, what differs in what an indexer depends on.
             first = _renamed(corpora[name].traces[0])
             Corpus([train.traces[0], first], train.target_layers)
+    if cfg.sampling.vote_weighting:
+        _check_votes(cfg.sampling, train.traces)
     for name in ("mass", "missed"):
         for trace in train.traces if getattr(cfg.objective, name) else ():
             if "mass_values" not in trace.columns:
                 wanted = f"0, as {trace.path} has no attention mass"
                 raise refusal(f"objective.{name}", getattr(cfg.objective, name), wanted)
     return corpora
+
+
+def _check_votes(sampling: SamplingConfig, traces: Sequence[Trace]) -> None:
+    """Refuses bounds that votes can lie outside of: weights would leave [0.5, 2], even be < 0."""
+    for trace in traces:
+        least, most = trace.info.votes.min_layers, trace.info.csa_layers
+        if sampling.least_votes > least or sampling.most_votes < most:
+            got = (sampling.least_votes, sampling.most_votes)
+            wanted = f"around {least}..{most}, the votes of {trace.path}"
+            raise refusal("sampling.least_votes and most_votes", got, wanted)
 
 
 def _renamed(trace: Trace) -> Trace:
