@@ -43,9 +43,11 @@ def as_json(options: Options, session: LsaTurns) -> dict[str, Any]:
     """
     assert session.lsa is not None
     plan = session.plan
-    calibrated = plan.calibration is not None
+    calibrated, content = plan.calibration is not None, report.as_json(session.lsa)
+    if calibrated:  # what the policy has for files without thresholds of their own
+        content["lsa"]["policy"]["threshold"] = "calibrated"
     return {
-        **report.as_json(session.lsa),
+        **content,
         "indexer": _indexer(session),
         "threshold": "calibrated" if calibrated else plan.lsa.policy.threshold,
         "calibrated_thresholds": list(plan.calibration.thresholds) if plan.calibration else None,

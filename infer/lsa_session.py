@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from infer.compile_clock import CompileClock
 from infer.lsa_options import Plan
 from infer.session import Progress, Replies, Session
+from lsa_jax.compile_clock import CompileClock
 from lsa_jax.config import CacheConfig
 from lsa_jax.engine import STREAM_SECONDS, Burst, capacity_for
 from lsa_jax.lsa import indexer_io, report

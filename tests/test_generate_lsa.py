@@ -13,8 +13,8 @@ import pytest
 from generate_runs import CONFIG, call
 from jax.experimental.compilation_cache import compilation_cache
 
-from infer.compile_clock import CompileClock
 from lsa_jax import config_io, model_io, synthesize
+from lsa_jax.compile_clock import CompileClock
 from lsa_jax.lsa import indexer_io, plot
 from lsa_jax.lsa.budget import Calibration
 from lsa_jax.lsa.indexer_config import IndexerConfig
@@ -183,7 +183,7 @@ def test_other_paths_draw_the_same(run_json, root, path) -> None:
 def test_thresholds_come_from_the_indexers_file_unless_given(run_json, root) -> None:
     arguments = [*COMMON, "--attention", "lsa", "--indexer", root / "calibrated"]
     _, found = run_json(*arguments)
-    assert found["threshold"] == "calibrated"
+    assert found["threshold"] == found["lsa"]["policy"]["threshold"] == "calibrated"
     assert found["calibrated_thresholds"] == [0.25, 0.125]
     for more, used in ((["--threshold", 0.3], 0.3), (["--policy", "published"], 0.5)):
         _, found = run_json(*arguments, *more)

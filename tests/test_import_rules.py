@@ -36,9 +36,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "lsa_jax.checkpoint": ("lsa_jax.checkpoint", "lsa_jax.nn", *TENSORS, *CONFIG),
     "lsa_jax.text": ("lsa_jax.text", "lsa_jax.config"),
     "lsa_jax.engine": ("lsa_jax",),
+    "lsa_jax.compile_clock": (),
     "lsa_jax.lsa": (
         *("lsa_jax.lsa", "lsa_jax.cache", "lsa_jax.nn", "lsa_jax.checkpoint", "lsa_jax.engine"),
-        *("lsa_jax.sampling", "pallas_kernels", *TENSORS, *CONFIG),
+        *("lsa_jax.sampling", "lsa_jax.compile_clock", "pallas_kernels", *TENSORS, *CONFIG),
     ),
     "lsa_jax.footprint": ("lsa_jax",),
     "lsa_jax.widen": ("lsa_jax",),
@@ -58,8 +59,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.pretraining": ("train.pretraining", "lsa_jax"),
 }
 TRAIN_COMMANDS = (
-    *("import_docs", "dump_traces", "dump_options", "indexer", "evaluate", "calibrate"),
-    *("study_options", "export", "verify", "mine_hard"),
+    *("import_docs", "dump_traces", "dump_options", "indexer", "indexer_command", "evaluate"),
+    *("calibrate", "study_options", "export", "verify", "mine_hard"),
 )
 COMMANDS = (
     "lsa_jax.cli",

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lsa_jax.lsa.host_memory import HostMemory
+from lsa_jax.lsa.pool_map import Copies
+from lsa_jax.lsa.recall import Recall
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.page_recall import IMPLEMENTATIONS, page_recall, triton_gpu
 
@@ -92,6 +95,17 @@ def test_recall_is_part_of_a_larger_program() -> None:
 
     got = boundary(*arguments(pool, segments, [0, -2], [3, 4]))
     np.testing.assert_array_equal(got, in_numpy(pool, segments, [1, -1], [3, 4]) ^ 255)
+
+
+def test_recall_in_place_from_a_store_without_a_page_leaves_the_pool_as_it_is() -> None:
+    pool, _ = draw(7, 2)
+    memory = HostMemory((2, 128), 4 * 256, kind="pinned")
+    none = jnp.full(SLOTS, -1, jnp.int32)
+    got, moved = Recall(memory, in_place=True)(
+        jnp.asarray(pool), Copies(none, none, jnp.zeros((), jnp.int32))
+    )
+    np.testing.assert_array_equal(got, pool)
+    assert moved == 0
 
 
 def test_the_definition_declines_segments_in_host_memory() -> None:

@@ -7,7 +7,6 @@ moves pages. `session` is what callers use.
 import dataclasses
 import hashlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from lsa_jax.compile_clock import CompileClock
 from lsa_jax.config import CacheConfig, ConfigError
 from lsa_jax.config_io import to_json
 from lsa_jax.lsa.boundary import Choice, Where
@@ -29,7 +29,7 @@ from lsa_jax.lsa.missed import Misses
 from lsa_jax.lsa.prefill import ReadPages
 from lsa_jax.lsa.programs import Programs
 from lsa_jax.lsa.room import Room
-from lsa_jax.lsa.rows import Event, Row, event
+from lsa_jax.lsa.rows import Event, Row, Turn, event
 from lsa_jax.lsa.targets import check_targets
 from lsa_jax.lsa.tiers import Tiers
 from lsa_jax.nn.transformer import DeepSeekV4
@@ -207,8 +207,17 @@ class Batch:
         With a fallback, a row that missed too much in the cycle that `ended` grows; and so does one
         whose new set lacks too much, before any step reads it, until it lacks less or is whole.
         """
-        read = np.asarray(self.state.reads)
-        begin, compiled, moved = time.perf_counter(), self.programs.compile_seconds, 0
+        begin, compiling = time.perf_counter(), CompileClock()
+        with compiling.listen():
+            turn = self._turn(due, ended=ended)
+            jax.block_until_ready(self.tiers.records)
+        seconds = time.perf_counter() - begin - compiling.seconds
+        self.stall_seconds += seconds
+        self._note(turn, seconds)
+
+    def _turn(self, due: np.ndarray, *, ended: bool) -> Turn:
+        """What a boundary does; `boundary` times it."""
+        read, moved = np.asarray(self.state.reads), 0
         none = np.zeros(len(self.rows), np.int32)
         before = after = Misses(none, none.astype(np.float32))
         counted = self._firing(due) if ended else self._firing(due) & ~due
@@ -230,12 +239,7 @@ class Batch:
         self._count_anew(due)
         for row, on in self.pairs(due):
             row.since = 0 if on else row.since
-        jax.block_until_ready(self.tiers.records)
-        compiled = self.programs.compile_seconds - compiled
-        seconds = time.perf_counter() - begin - compiled
-        self.stall_seconds += seconds
-        shared = {"allowed": int(at.allowed), "recalled": moved, "seconds": seconds}
-        self._note(due, choice, read, (before, after), **shared)
+        return Turn(due, choice, read, (before, after), int(at.allowed), moved)
 
     def _count_anew(self, due: np.ndarray) -> None:
         """Reads and votes of the next cycle."""
@@ -330,18 +334,16 @@ class Batch:
         if row.growth:
             self._resize()
 
-    def _note(
-        self,
-        due: np.ndarray,
-        choice: Choice,
-        read: np.ndarray,
-        misses: tuple[Misses, Misses],
-        **shared: Any,
-    ) -> None:
+    def _note(self, turn: Turn, seconds: float) -> None:
         for b, row in enumerate(self.rows):
-            if row is not None and due[b]:
-                complete = self.room.complete_pages(len(row.tokens))
-                shared |= {"complete": complete, "pool_bytes": self.tiers.records.nbytes}
-                page = self.plan.layout.nbytes
-                noted = event(b, row, choice, read[b], misses, page_bytes=page, **shared)
+            if row is not None and turn.due[b]:
+                noted = event(
+                    b,
+                    row,
+                    turn,
+                    page_bytes=self.plan.layout.nbytes,
+                    complete=self.room.complete_pages(len(row.tokens)),
+                    pool_bytes=self.tiers.records.nbytes,
+                    seconds=seconds,
+                )
                 self.events.append(noted)

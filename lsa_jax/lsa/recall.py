@@ -33,7 +33,8 @@ class Recall:
         """The pool with `copies` made, and how many those were. The pool is donated."""
         if self.in_place:
             segments = tuple(s.array for s in self.memory.segments if s.array is not None)
-            records = page_recall(records, segments, copies.src, copies.dst)
+            if segments:  # before the first page is complete there are none, and none to copy
+                records = page_recall(records, segments, copies.src, copies.dst)
             count = int(copies.count)
         else:
             count = int(copies.count)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,30 +63,33 @@ class Event:
     seconds: float
 
 
-def event(
-    b: int,
-    row: Row,
-    choice: Choice,
-    read: np.ndarray,
-    misses: tuple[Misses, Misses],
-    *,
-    page_bytes: int,
-    **shared: Any,
-) -> Event:
-    """What row b notes of a boundary: `read` are its reads by page, `misses` those of the cycle
-    that ended and of the new set; `shared` are the fields that say the same of every row."""
-    pages, (before, after) = np.asarray(choice.pages)[b], misses
+class Turn(NamedTuple):
+    """What happened at a boundary: the rows that fired, what was chosen, and what was missed."""
+
+    due: np.ndarray
+    choice: Choice
+    read: np.ndarray
+    misses: tuple[Misses, Misses]  # in the cycle that ended, and by the set just chosen
+    allowed: int  # pages
+    recalled: int  # pages
+
+
+def event(b: int, row: Row, turn: Turn, *, page_bytes: int, **shared: Any) -> Event:
+    """What row b notes of a boundary; `shared` are the fields that say the same of every row."""
+    pages, (before, after) = np.asarray(turn.choice.pages)[b], turn.misses
     return Event(
         row=b,
         owner=row.owner,
         tokens=len(row.tokens),
-        read=tuple(np.flatnonzero(read).tolist()),
+        read=tuple(np.flatnonzero(turn.read[b]).tolist()),
         pages=tuple(np.flatnonzero(pages).tolist()),
-        wanted=int(choice.selection.wanted[b]),
-        over_budget=int(choice.selection.over_budget[b]),
+        wanted=int(turn.choice.selection.wanted[b]),
+        over_budget=int(turn.choice.selection.over_budget[b]),
+        allowed=turn.allowed,
         growth=row.growth,
         above=row.above,
         resident_bytes=int(pages.sum()) * page_bytes,
+        recalled=turn.recalled,
         missed_entries=int(before.entries[b]),
         missed_mass=float(before.mass[b]),
         lacking_entries=int(after.entries[b]),
