@@ -1,18 +1,21 @@
 """Speed of training a memory indexer on one accelerator: the step, its data, a peer in torch.
 
-    python -m evals.bench_train [--peer] [--json F]
+    python -m evals.bench_train [--workers N] [--peer] [--json F]
 
 The step is `train.indexer`'s own at true shapes: 3 layers of 128 heads and rank 2048, 64 samples of
-2,048 candidates from documents of 65,536 entries, contents random. Three figures: the step on
-batches that are on the device already, beside the floor that memory and arithmetic set; the input
-pipeline alone, from traces on disk; both together. `--peer` also runs `evals.torch_train_peer`,
-after comparing losses and gradient norms of a small model in float32 and in bfloat16; it runs in a
-process of its own, by another Python if one is named.
+2,048 candidates from documents of 65,536 entries, contents random. Four figures: the step on
+batches that are on the device already, beside the floor that memory and arithmetic set; CPU time of
+drawing a batch; the input pipeline alone, from traces on disk; and both together, as a run has
+them, with the share of time that is spent waiting for batches. `--peer` also runs
+`evals.torch_train_peer`, after comparing losses and gradient norms of a small model in float32 and
+in bfloat16; it runs in a process of its own, by another Python if one is named.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -27,30 +30,36 @@ import numpy as np
 
 from evals.lsa_workload import say
 from evals.train_workload import (
+    RUNS,
     SMOKE,
     Ceilings,
     Floor,
     Sizes,
+    drawing_seconds,
     measure_ceilings,
-    random_batch,
+    random_inputs,
+    random_planes,
+    sending_seconds,
     write_traces,
 )
 from lsa_jax.lsa.indexer_config import leaf_name, leaf_shapes
 from lsa_jax.lsa.memory_indexer import random_leaves, rope_frequencies
 from lsa_jax.shardings import make_mesh
-from train.data.batch import Batch
-from train.data.dataset import Corpus, DataConfig, batches
+from train.data.dataset import Batches, Corpus, DataConfig, batches
+from train.data.workers import Taker
+from train.run.key_pool import KeyPlanes, KeyPool, gather
+from train.run.loop import AHEAD
 from train.run.optimizer import TrainState
-from train.run.step import Step, StepConfig
+from train.run.step import Inputs, Step, StepConfig, taken_from
 
 BATCHES = 4  # different ones in turn
-RUNS = 5
 CHECK_STEPS = 3
 CHECK_SIZES = dataclasses.replace(SMOKE, hidden=64, heads=8, rank=48, head_dim=32, rope_dim=16)
 # Of losses and norms. Float32: sums in other orders, and Adam's division by moments near 0.
 # bfloat16: torch rounds more intermediates than we do, 2^-9 each.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 CHECK_CLIP = 0.05  # below the norms met, so that clipping is compared too
+WAITING = 0.05  # of the loop's time: beyond, the pipeline is the bottleneck
 MODES = ("eager", "compiled", "compiled, CUDA graphs")
 
 
@@ -78,62 +87,92 @@ class Training:
 
     def on_device(self, sizes: Sizes, steps: int) -> dict[str, float]:
         """Seconds to compile and of a step, on batches that are there."""
-        placed = [self.step.place(random_batch(sizes, seed)) for seed in range(BATCHES)]
+        planes = random_planes(sizes, BATCHES)
+        placed = [self.step.place(random_inputs(sizes, seed)) for seed in range(BATCHES)]
         start = time.perf_counter()
-        self.state, packed = self.step(self.state, placed[0])
+        self.state, packed = self.step(self.state, placed[0], planes)
         jax.block_until_ready(packed)
         compile_seconds = time.perf_counter() - start
 
         def run() -> None:
             packed = None
             for i in range(steps):
-                self.state, packed = self.step(self.state, placed[i % BATCHES])
+                self.state, packed = self.step(self.state, placed[i % BATCHES], planes)
             jax.block_until_ready((self.state, packed))
 
         return {"first_seconds": compile_seconds, "seconds": median_step(run, steps)}
 
-    def from_pipeline(self, stream: Iterator[Batch], steps: int) -> float:
-        """Seconds of a step on the pipeline's batches, as the training loop takes them."""
+    def from_pipeline(self, stream: Batches, pool: KeyPool, steps: int) -> dict[str, float]:
+        """Seconds of a step on the pipeline's batches, as the training loop takes them.
+
+        Of these, how long it waits for batches, and for how long the host is busy itself: with the
+        pool of keys, and with dispatching the step. Batches are taken and sent by a thread.
+        """
+        spent = np.zeros(2)
+        taker = Taker(taken_from(stream, self.step.mesh), ahead=AHEAD)
 
         def run() -> None:
+            pending = None
             for _ in range(steps):
-                self.state, _ = self.step(self.state, self.step.place(next(stream)))
+                times = [time.perf_counter()]
+                taken = next(taker)
+                times.append(time.perf_counter())
+                pool.supply(taken.demand)
+                self.state, packed = self.step(self.state, taken.placed, pool.planes)
+                times.append(time.perf_counter())
+                if pending is not None:
+                    self.step.report(pending)
+                pending = packed
+                spent[:] += np.diff(times)
             jax.block_until_ready(self.state)
 
-        return median_step(run, steps)
+        with contextlib.closing(taker):
+            run()
+            spent[:] = 0
+            seconds = median_step(run, steps)
+        waiting, dispatching = spent / ((RUNS + 1) * steps)
+        return {"seconds": seconds, "waiting_seconds": waiting, "dispatch_seconds": dispatching}
 
-    def check_steps(self, batch: Batch) -> dict[str, list[float]]:
+    def check_steps(self, inputs: Inputs, planes: KeyPlanes) -> dict[str, list[float]]:
         """Losses and gradient norms of the first steps on one batch."""
         reports = []
         for _ in range(CHECK_STEPS):
-            self.state, packed = self.step(self.state, self.step.place(batch))
+            self.state, packed = self.step(self.state, self.step.place(inputs), planes)
             reports.append(self.step.report(packed))
         return {"loss": [r.loss for r in reports], "grad_norm": [r.norm for r in reports]}
 
 
 def measure_pipeline(
-    sizes: Sizes, training: Training, steps: int, threads: int
-) -> dict[str, float]:
+    sizes: Sizes, training: Training, steps: int, data: DataConfig
+) -> dict[str, Any]:
     """Batches a second from traces on disk, alone and with the step behind them."""
-    data = DataConfig(batch_size=sizes.batch, threads=threads, sizes=1)  # one compiled step
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_:
+        start = time.perf_counter()
         corpus = Corpus.open([write_traces(sizes, Path(folder))])
-        per_epoch = batches(corpus, data, sizes.sampling).steps_per_epoch
-        epochs = -(-2 * (RUNS + 1) * steps // per_epoch)
+        say(f"traces written in {time.perf_counter() - start:.1f} s")
+        first = open_.enter_context(contextlib.closing(batches(corpus, data, sizes.sampling)))
+        epochs = -(-(2 * RUNS + 3) * steps // first.steps_per_epoch)
         stream = batches(corpus, data, sizes.sampling, epochs=epochs)
-        candidates = []
+        open_.enter_context(contextlib.closing(stream))
+        pool = KeyPool(corpus, data, stream.table, training.step.mesh)
+        open_.enter_context(contextlib.closing(pool))
+        drawing, candidates = drawing_seconds(first), []
+        sending = sending_seconds(first, training.step)
 
         def drain() -> None:
-            candidates.extend(next(stream).keys.shape[2] for _ in range(steps))
+            candidates.extend(next(stream).drawn.index.shape[1] for _ in range(steps))
 
         alone = median_step(drain, steps)
-        joint = training.from_pipeline(stream, steps)
-        stream.close()
+        loop = training.from_pipeline(stream, pool, steps)
     return {
+        "workers": data.workers,
+        "threads": data.threads,
+        "drawing_seconds": drawing,
+        "sending_seconds": sending,
         "batches_per_second": 1 / alone,
         "mean_candidates": statistics.fmean(candidates),
-        "loop_seconds": joint,
-        "loop_steps_per_second": 1 / joint,
+        "loop": loop,
+        "waiting_share": loop["waiting_seconds"] / loop["seconds"],
     }
 
 
@@ -148,7 +187,9 @@ def call_peer(python: str, command: str, argument: str) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def write_inputs(path: Path, training: Training, batch: Batch, *, bf16: bool) -> None:
+def write_inputs(
+    path: Path, training: Training, inputs: Inputs, planes: KeyPlanes, *, bf16: bool
+) -> None:
     """The parameters, a batch and settings as the peer's `check` reads them."""
     cfg, step = training.step.cfg.indexer, training.step
     settings = {
@@ -159,11 +200,13 @@ def write_inputs(path: Path, training: Training, batch: Batch, *, bf16: bool) ->
         "rates": [np.asarray(step.rates(k)).item() for k in range(CHECK_STEPS)],
         "optimizer": dataclasses.asdict(step.cfg.optimizer),
     }
-    assert batch.key_scale is not None
-    targets = {name: getattr(batch.targets, name) for name in ("labels", "weights", "valid")}
+    drawn = inputs.drawn
+    keys, scale = jax.jit(gather)(planes, drawn.sample[:, 0], drawn.index)
+    keys = np.stack([np.asarray(part).view(np.uint8) for part in keys])
+    targets = {name: getattr(drawn.targets, name) for name in ("labels", "weights", "valid")}
     arrays = {name: np.asarray(leaf) for name, leaf in training.parameters.items()}
-    arrays |= {"hidden": batch.hidden.astype(np.float32), "positions": batch.positions}
-    arrays |= {"keys": batch.keys.view(np.uint8), "scale": batch.key_scale, **targets}
+    arrays |= {"hidden": inputs.hidden.astype(np.float32), "positions": drawn.positions}
+    arrays |= {"keys": keys, "scale": np.stack(scale or []), **targets}
     arrays |= {"settings": np.array(json.dumps(settings)), "theta": rope_frequencies(cfg)}
     np.savez(path, allow_pickle=False, **arrays)
 
@@ -174,12 +217,12 @@ def check_peer(python: str) -> dict[str, Any]:
     for dtype, tolerance in TOLERANCES.items():
         cfg = CHECK_SIZES.step(total=10, compute_dtype=dtype, clip=CHECK_CLIP)
         training = Training(CHECK_SIZES, cfg)
-        batch = random_batch(CHECK_SIZES, seed=9)
+        inputs, planes = random_inputs(CHECK_SIZES, seed=9), random_planes(CHECK_SIZES, seed=8)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "inputs.npz"
-            write_inputs(path, training, batch, bf16=dtype == "bfloat16")
+            write_inputs(path, training, inputs, planes, bf16=dtype == "bfloat16")
             theirs = call_peer(python, "check", str(path))
-        ours = training.check_steps(batch)
+        ours = training.check_steps(inputs, planes)
         pairs = [(np.array(ours[name]), np.array(theirs[name])) for name in ours]
         worst = max(float(np.max(np.abs(a - b) / np.abs(b))) for a, b in pairs)
         result[dtype] = {"ours": ours, "peer": theirs, "difference": worst}
@@ -207,10 +250,22 @@ def describe(result: dict[str, Any], sizes: Sizes) -> Iterator[str]:
         f"{floor['seconds'] * 1e3:.3f} ms, {100 * floor['seconds'] / step['seconds']:.0f} % of it;"
         f" first call {step['first_seconds']:.1f} s"
     )
+    loop, where = data["loop"], f"{data['workers']} workers"
     yield (
-        f"pipeline alone: {data['batches_per_second']:,.1f} batches/s of {sizes.batch} samples, "
-        f"{data['mean_candidates']:,.0f} candidates; with the step: "
-        f"{data['loop_steps_per_second']:,.1f} steps/s"
+        f"drawing a batch: {data['drawing_seconds'] * 1e3:.1f} ms of CPU, sending it "
+        f"{data['sending_seconds'] * 1e3:.2f} ms; pipeline alone, {where}: "
+        f"{data['batches_per_second']:,.1f} batches/s of {sizes.batch} samples, "
+        f"{data['mean_candidates']:,.0f} candidates"
+    )
+    yield (
+        f"loop: {loop['seconds'] * 1e3:.3f} ms a step, {1 / loop['seconds']:,.1f} steps/s; waiting "
+        f"for batches {loop['waiting_seconds'] * 1e3:.3f} ms, the host's own part, dispatch: "
+        f"{loop['dispatch_seconds'] * 1e3:.3f} ms"
+    )
+    verdict = "is" if data["waiting_share"] > WAITING else "is not"
+    yield (
+        f"the input pipeline {verdict} the bottleneck: the loop spends "
+        f"{100 * data['waiting_share']:.1f} % of its time waiting for batches"
     )
     for mode, seconds in result.get("peer", {}).get("seconds", {}).items():
         ratio = seconds / step["seconds"]
@@ -238,7 +293,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     training = Training(sizes, sizes.step(total=10**6))
     result["step"] = training.on_device(sizes, args.steps)
-    result["pipeline"] = measure_pipeline(sizes, training, args.steps, args.threads)
+    # Without mass, as the objective has no use for it; one size, as one step is compiled.
+    given = {"workers": args.workers, "threads": args.threads}
+    data = DataConfig(batch_size=sizes.batch, sizes=1, mass=False, **given)
+    result["pipeline"] = measure_pipeline(sizes, training, args.steps, data)
     if args.peer:
         modes = MODES[:1] if args.smoke else MODES
         result["peer"] = time_peer(args.peer_python, sizes, args.steps, modes)
@@ -252,7 +310,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has torch")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: whether it runs")
     parser.add_argument("--steps", type=int, default=40, help="steps of a run (default: 40)")
-    parser.add_argument("--threads", type=int, default=DataConfig().threads, help="of the pipeline")
+    spare = max(0, (os.cpu_count() or 1) - 2)  # the loop and its thread have the other two
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=spare,
+        help="processes that draw batches (default: the cores but two, here %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=DataConfig().threads, help="that do so with --workers 0"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     try:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,21 @@ import numpy as np
 
 from evals.lsa_workload import median_seconds
 from lsa_jax.lsa.indexer_config import IndexerConfig, leaf_shapes
-from train.data.batch import Batch
+from train.data.batch import Drawn
+from train.data.dataset import Batches
 from train.data.labels import SamplingConfig
-from train.run.losses import ObjectiveConfig, Targets
+from train.data.sampling import grade_count
+from train.run.key_pool import PAGE_ENTRIES, KeyPlanes
+from train.run.losses import ObjectiveConfig
 from train.run.optimizer import OptimizerConfig
-from train.run.step import StepConfig
+from train.run.step import Inputs, Step, StepConfig
 from train.traces.trace import TraceWriter
 from train.traces.trace_info import E4M3, KeyRope, Keys, TraceInfo
 from train.traces.votes import SparseRows, VoteConfig
 
 CSA_LAYERS, CSA_RATIO, PAGE = 21, 4, 64
+RUNS = 5  # of a measurement
+_DRAWN = 20  # batches, to time the host's work by
 _BLOCK_TOKENS = 64  # appended to a trace at once
 
 
@@ -105,25 +111,42 @@ def random_keys(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.nd
     return codes.view(E4M3), rng.uniform(0.5, 1.5, shape[:-1]).astype(np.float32)
 
 
-def random_batch(sizes: Sizes, seed: int) -> Batch:
-    """A full batch: every candidate counts, but for the last of every other sample."""
+def random_planes(sizes: Sizes, seed: int) -> KeyPlanes:
+    """A pool of keys that holds `documents` documents."""
+    rng, size = np.random.default_rng(seed), min(PAGE_ENTRIES, sizes.entries)
+    shape = (sizes.documents * -(-sizes.entries // size), size, sizes.head_dim)
+    planes = [random_keys(rng, shape) for _ in sizes.target_layers]
+    keys, scale = (tuple(map(jnp.asarray, part)) for part in zip(*planes, strict=True))
+    table = np.arange(shape[0], dtype=np.int32).reshape(sizes.documents, -1)
+    return KeyPlanes(keys, scale, jnp.asarray(table))
+
+
+def random_inputs(sizes: Sizes, seed: int) -> Inputs:
+    """A full batch from `random_planes`: every candidate counts, but each second sample's last."""
     rng, shape = np.random.default_rng(seed), (sizes.batch, sizes.candidates)
-    layers = len(sizes.target_layers)
-    hidden = rng.standard_normal((layers, sizes.batch, sizes.hidden), dtype=np.float32)
-    keys, scale = random_keys(rng, (layers, *shape, sizes.head_dim))
-    valid = np.ones(shape, bool)
-    valid[::2, -1] = False
-    labels = (rng.random(shape) < 1 / (1 + sizes.neg_ratio)).astype(np.float32)
-    weights = rng.uniform(0.5, 2, shape).astype(np.float32)
-    ones = np.ones(shape, np.float32)
-    return Batch(
-        hidden.astype(ml_dtypes.bfloat16),
-        rng.integers(0, 4 * sizes.entries, sizes.batch, np.int32),
-        np.full(sizes.batch, sizes.entries, np.int32),
-        keys,
-        scale,
-        Targets(*cast(Any, (labels, weights, ones, valid, ones))),  # NumPy's, as in the pipeline
-        np.zeros((sizes.batch, 2), np.int64),
+    hidden = (len(sizes.target_layers), sizes.batch, sizes.hidden)
+    index = np.stack([rng.choice(sizes.entries, shape[1], replace=False) for _ in range(shape[0])])
+    index = np.sort(index).astype(np.int32)
+    index[::2, -1] = -1
+    # A half of the grades are positive ones.
+    codes = rng.integers(1, 3, shape) + 2 * (rng.random(shape) < 1 / (1 + sizes.neg_ratio))
+    codes[::2, -1] = 0
+    grades = np.zeros((sizes.batch, grade_count(sizes.sampling), 3), np.float32)
+    grades[:, 1:] = 1
+    grades[:, 1:3, 0] = 0
+    grades[:, 1:, 1] = rng.uniform(0.5, 2, grades[:, 1:, 1].shape)
+    document = rng.integers(sizes.documents, size=sizes.batch)
+    positions = rng.integers(0, 4 * sizes.entries, sizes.batch)
+    rows = [document, positions * 0, positions, np.full(sizes.batch, sizes.entries)]
+    return Inputs(
+        rng.standard_normal(hidden, dtype=np.float32).astype(ml_dtypes.bfloat16),
+        Drawn(
+            np.stack(rows, axis=1).astype(np.int32),
+            grades,
+            index,
+            codes.astype(np.uint8),
+            np.zeros((sizes.batch, 0), np.float32),
+        ),
     )
 
 
@@ -173,6 +196,31 @@ def write_traces(sizes: Sizes, root: Path) -> Path:
                 writer.append(hidden, prompt + first + np.arange(count), *rows)
             writer.finish(Keys(*random_keys(rng, (sizes.entries, layers, sizes.head_dim))))
     return root
+
+
+def drawing_seconds(stream: Batches) -> float:
+    """CPU seconds to draw a batch, in one thread; the least of a few runs, documents in memory."""
+    stream.make(0)
+    times = []
+    for _ in range(RUNS):
+        start = time.process_time()
+        for step in range(1, _DRAWN + 1):
+            stream.make(step % stream.steps_per_epoch)
+        times.append((time.process_time() - start) / _DRAWN)
+    return min(times)
+
+
+def sending_seconds(stream: Batches, step: Step) -> float:
+    """CPU seconds that the run itself takes for a batch that was drawn: hidden states, sending."""
+    batch, times = next(stream), []
+    for _ in range(RUNS):
+        start = time.thread_time()
+        for _ in range(_DRAWN):
+            hidden = stream.hidden_of(batch.sample)
+            placed = step.place(Inputs(hidden, batch.drawn))
+        times.append((time.thread_time() - start) / _DRAWN)
+        jax.block_until_ready(placed)
+    return min(times)
 
 
 class Ceilings(NamedTuple):

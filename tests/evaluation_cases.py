@@ -17,6 +17,9 @@ from train.quality.baselines import BASELINES
 from train.quality.metrics import MetricsConfig
 from train.quality.pareto import DeviceRoom, parse_budgets
 from train.quality.study import Protocol
+from train.run import checkpoints
+from train.run.config import TrainConfig
+from train.run.optimizer import OptimizerConfig, init_state
 from train.traces.trace_info import fingerprint
 
 # Four CSA layers and index keys as `planted_traces` makes them.
@@ -62,6 +65,16 @@ def write_case(root: Path, *, indexers: int = 2, **options) -> Path:
     for seed in range(indexers):
         save_indexer(root / f"i{seed}.safetensors", indexer(seed))
     return root
+
+
+def write_run(path: Path, module: MemoryIndexer, *, step: int) -> Path:
+    """A training run's directory whose only checkpoint has these weights."""
+    checkpoints.begin(path, TrainConfig())
+    state = init_state(OptimizerConfig(), module.leaves())
+    with checkpoints.Checkpoints(path, keep=1) as saved:
+        progress = checkpoints.Progress(step=step, data={}, config_digest="")
+        saved.save(state, progress, module.cfg, wait=True)
+    return path
 
 
 def device_room(**changes) -> DeviceRoom:

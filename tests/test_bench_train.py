@@ -2,11 +2,10 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from evals import bench_train
-from evals.train_workload import SMOKE, Ceilings, Floor, Sizes, random_batch, write_traces
+from evals.train_workload import SMOKE, Ceilings, Floor, Sizes, random_inputs, write_traces
 from train.data.dataset import Corpus, DataConfig, batches
 
 
@@ -32,12 +31,12 @@ def test_synthetic_traces_give_full_batches_of_the_synthetic_batchs_shape(tmp_pa
     found = list(stream)
     stream.close()
     assert len(found) == SMOKE.documents * SMOKE.tokens // SMOKE.batch
-    like = random_batch(SMOKE, seed=0)
-    assert like.key_scale is not None and np.isfinite(like.keys.astype(np.float32)).all()
+    like = random_inputs(SMOKE, seed=0)
     checked = 0
     for batch in found:
-        for name in ("hidden", "keys", "key_scale"):
-            got, want = getattr(batch, name), getattr(like, name)
+        assert batch.hidden.shape == like.hidden.shape and batch.hidden.dtype == like.hidden.dtype
+        assert batch.drawn.mass.shape == (SMOKE.batch, SMOKE.candidates)
+        for got, want in zip(batch.drawn[:-1], like.drawn[:-1], strict=True):
             assert got.shape == want.shape and got.dtype == want.dtype
         whole = batch.sample[:, 1] <= SMOKE.tokens - SMOKE.max_pos  # enough tokens for new entries
         assert batch.targets.valid[whole].all() and (batch.sample >= 0).all()
@@ -49,18 +48,24 @@ def test_synthetic_traces_give_full_batches_of_the_synthetic_batchs_shape(tmp_pa
 @pytest.mark.slow
 def test_a_smoke_run_measures_everything_and_a_peer_that_is_not_there_is_an_error(tmp_path, capsys):
     out = tmp_path / "F.json"
-    assert bench_train.main(["--smoke", "--steps", "4", "--json", str(out)]) == 0
+    assert bench_train.main(["--smoke", "--steps", "4", "--workers", "2", "--json", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["parameters"] == sum(x.size for x in _leaves())
     assert result["step"]["seconds"] > 0 and result["floor"]["seconds"] > 0
     pipeline = result["pipeline"]
     assert pipeline["mean_candidates"] == SMOKE.candidates == 64
-    assert min(pipeline["batches_per_second"], pipeline["loop_steps_per_second"]) > 0
-    assert "pipeline alone" in capsys.readouterr().out
+    assert pipeline["workers"] == 2 and pipeline["loop"]["dispatch_seconds"] > 0
+    assert min(pipeline["drawing_seconds"], pipeline["sending_seconds"]) > 0
+    assert min(pipeline["batches_per_second"], pipeline["loop"]["seconds"]) > 0
+    assert 0 <= pipeline["waiting_share"] < 1
+    printed = capsys.readouterr().out
+    assert "pipeline alone, 2 workers" in printed and "of its time waiting for batches" in printed
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho no torch here >&2\nexit 1\n")
     fake.chmod(0o755)
-    assert bench_train.main(["--smoke", "--peer", "--peer-python", str(fake)]) == 1
+    assert (
+        bench_train.main(["--smoke", "--workers", "0", "--peer", "--peer-python", str(fake)]) == 1
+    )
     assert "no torch here" in capsys.readouterr().err
 
 

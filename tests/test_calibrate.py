@@ -10,7 +10,7 @@ from infer.lsa_options import _calibration
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa.budget import Calibration, parse_budget
 from lsa_jax.lsa.indexer_reader import read_indexer
-from tests.evaluation_cases import MODEL, TARGETS, indexer, write_case
+from tests.evaluation_cases import MODEL, TARGETS, indexer, write_case, write_run
 from train import calibrate, evaluate
 from train.calibrate import Sample, fit, kept_share, outcome, split, usual_edges
 from train.data.labels import ResidentRule
@@ -149,6 +149,18 @@ def test_a_file_for_each_budget_that_decoding_and_evaluation_read(case, tmp_path
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["indexers"]["c-0.8"]["threshold"] == file.calibration
     assert not (tmp_path / "report" / "pareto.png").exists()
+
+
+def test_a_run_is_calibrated_by_its_directory(case, tmp_path, capsys) -> None:
+    run, out = write_run(tmp_path / "run", indexer(), step=3), tmp_path / "out.safetensors"
+    given = ("--indexer", str(run), "--budgets", "0.5")
+    assert calibrate.main(command(case, tmp_path / "none" / "out.safetensors", *given)) == 2
+    assert "--out must be in a directory that is there" in capsys.readouterr().err
+    assert calibrate.main(command(case, out, *given)) == 0
+    got, want = read_indexer(out, MODEL), read_indexer(case / "i0.safetensors", MODEL)
+    assert got.calibration is not None
+    for name, leaf in want.leaves.items():
+        np.testing.assert_array_equal(got.leaves[name], leaf)
 
 
 @pytest.mark.parametrize(

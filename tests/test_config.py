@@ -20,7 +20,7 @@ from lsa_jax.config_io import load_config, preset_names, read_hf, read_toml, to_
 from lsa_jax.parameters import Kind, parameter_table
 
 ROOT = Path(__file__).parents[1]
-PRESETS = ("bench", "tiny", "v4_flash", "v4_flash_slice", "v4_pro")
+PRESETS = ("bench", "mini_model", "tiny", "v4_flash", "v4_flash_slice", "v4_pro")
 
 
 def test_the_presets_are_the_documented_ones() -> None:
@@ -104,7 +104,7 @@ def test_the_parameter_table_gives_the_census_of_a_released_checkpoint(
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_config_survives_json_and_toml(preset: str) -> None:
-    cfg = dataclasses.replace(load_config(preset), kv_quant_group=32, hc_eps=3e-7, eos_token_id=9)
+    cfg = dataclasses.replace(load_config(preset), kv_quant_group=8, hc_eps=3e-7, eos_token_id=9)
     assert read_hf(json.loads(json.dumps(to_json(cfg)))) == cfg
     assert read_toml(tomllib.loads(to_toml(cfg))) == cfg
 
@@ -235,6 +235,7 @@ def test_presets_are_found_from_an_installed_copy_and_no_backend_starts(tmp_path
     out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == [
         "bench 16",
+        "mini_model 9",
         "tiny 6",
         "v4_flash 43",
         "v4_flash_slice 3",

@@ -1,5 +1,6 @@
 """`python -m train.dump_traces`: what it refuses before it runs, what it skips, how it goes on."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -11,14 +12,16 @@ import numpy as np
 import pytest
 
 from lsa_jax import model_io
+from lsa_jax.checkpoint import manifest
 from lsa_jax.text.messages import encode_messages
 from lsa_jax.text.special import BOS
 from lsa_jax.text.tokenizer import Tokenizer
 from tests import generate_runs
 from train import dump_traces
+from train.dump_options import parse
 from train.traces.recording import Document, Nothing, Recorded
 from train.traces.trace import TraceWriter, finished_traces, open_trace
-from train.traces.trace_info import KeyRope, Keys, TraceInfo, fingerprint
+from train.traces.trace_info import KeyRope, Keys, TraceInfo, fingerprint, weights_digest
 from train.traces.votes import SparseRows, VoteConfig
 
 CONFIG = generate_runs.CONFIG  # one CSA layer
@@ -253,6 +256,37 @@ def test_a_bad_option_is_one_line(capsys, ckpt, stub, tmp_path, options, fault):
     assert not stub.seen and not (tmp_path / "set").exists()
 
 
+def test_a_place_that_cannot_become_a_trace_set_is_refused_first(capsys, ckpt, stub, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", *PROMPTS)
+    code, _, err = call(capsys, ckpt, prompts, prompts / "set")
+    assert code == 2 and not stub.seen
+    wanted = f"a directory to write to, but {prompts} is none"
+    assert err == f"error: --out must be {wanted}, got '{prompts / 'set'}'\n"
+
+
+def test_the_recorder_is_told_the_digest_of_the_weights(ckpt, tmp_path, monkeypatch):
+    """It depends on parameters alone: not on the tokenizer or on what the checkpoint is of."""
+    parts = []
+    monkeypatch.setattr(dump_traces, "Recorder", lambda *_, **given: parts.append(given))
+    monkeypatch.setattr(dump_traces.model_io, "load_model", lambda *_, **__: None)
+    options = parse(["--ckpt", str(ckpt), "--prompts", "p", "--out", "o", *COMMON], "")
+    cfg = model_io.read_config(ckpt)
+    dump_traces._recorder(options, cfg, options.record(cfg), None)
+    assert parts[0]["weights"] == weights_digest(ckpt)
+    found = manifest.read(ckpt)
+
+    def other(**changes) -> str:
+        (tmp_path / manifest.NAME).write_bytes(
+            manifest.encode(dataclasses.replace(found, **changes))
+        )
+        return weights_digest(tmp_path)
+
+    assert other(origin={"from": "elsewhere"}, files={}) == weights_digest(ckpt)
+    path, digests = next(iter(found.chunks.items()))
+    flipped = {name: x[::-1] for name, x in digests.items()}
+    assert other(chunks={**found.chunks, path: flipped}) != weights_digest(ckpt)
+
+
 def test_a_file_without_prompts_is_refused(capsys, ckpt, stub, tmp_path):
     prompts = write(tmp_path / "p.jsonl", "", " ")
     code, _, err = call(capsys, ckpt, prompts, tmp_path / "set")
@@ -297,5 +331,6 @@ def test_a_killed_run_leaves_a_partial_document_and_goes_on_to_the_same_traces(
             LONG[int(path.name[-1])]["ids"]
         )
         assert want.info.model == fingerprint(model_io.read_config(ckpt))
+        assert want.info.weights == weights_digest(ckpt)
         answers = [root / "answers" / f"{path.name}.json" for root in (out, whole)]
         assert answers[0].read_bytes() == answers[1].read_bytes()

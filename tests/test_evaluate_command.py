@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation_cases import KS, RULE, device_room, indexer, protocol, write_case
+from tests.evaluation_cases import (
+    KS,
+    RULE,
+    device_room,
+    indexer,
+    protocol,
+    write_case,
+    write_run,
+)
 from train import evaluate
 from train.quality.evaluation import open_traces
 from train.quality.metrics import MetricsConfig
@@ -140,6 +148,30 @@ def test_bad_input_is_one_line_and_changes_nothing(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert (out / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("below", ["", "out"])
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_work(
+    case, capsys, monkeypatch, below
+) -> None:
+    monkeypatch.setattr(evaluate, "study", lambda *_: pytest.fail("it worked"))
+    file = case / "config.json"
+    assert evaluate.main(command(case, file / below, "--no-plots")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out must be a directory to write to, but {file} is none")
+
+
+def test_a_run_is_evaluated_by_its_directory(case, out, tmp_path, capsys) -> None:
+    run = write_run(tmp_path / "best.run", indexer(0), step=3)
+    given = ("--indexer", str(run), "--baselines", "", "--no-plots")
+    assert evaluate.main(command(case, tmp_path / "out", *given)) == 0
+    (found,) = json.loads((tmp_path / "out" / "report.json").read_text())["indexers"].items()
+    want = json.loads((out / "report.json").read_text())["indexers"]["i0"]
+    assert found[0] == "best.run" and (found[1]["step"], want["step"]) == (3, None)
+    assert found[1]["arms"]["all"]["ensemble.max"] == want["arms"]["all"]["ensemble.max"]
+    again = ("--indexer", str(run), "--no-plots", "--config", "v4_flash", "--overwrite")
+    assert evaluate.main(command(case, tmp_path / "out", *again)) == 2
+    assert "best.run: indexer.hidden_size must be the model's 4096" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,32 +5,19 @@ import itertools
 import os
 import pickle
 import random
-import shutil
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from lsa_jax.checkpoint.leaf import CheckpointError
-from lsa_jax.config_io import load_config
+from tests.doc_cases import GOLDENS, check_golden, write_doc
 from tests.golden import doc_values
-from tests.golden.doc_values import DROPPED, ENTRIES, FOLDER, LAYERS, PROMPT, TOKENS
+from tests.golden.doc_values import ENTRIES, LAYERS, PROMPT, TOKENS
 from tests.test_torch_reader import ATTACKS, Evil, Slotted, Stateful
-from train.import_docs import Backbone, import_document, main
+from train.import_docs import Backbone, import_document
 from train.traces.doc_pickle import read_document
-from train.traces.trace import finished_traces, open_trace
-from train.traces.trace_info import KeyRope
-
-GOLDENS = sorted(FOLDER.glob("doc_*.pkl"))
-
-
-def write_doc(path, protocol=4, **changes):
-    """The golden document from NumPy arrays, with other items; None leaves one out."""
-    items = {
-        key: value for key, value in (doc_values.items() | changes).items() if value is not None
-    }
-    path.write_bytes(pickle.dumps(items, protocol))
-    return path
+from train.traces.trace import open_trace
 
 
 def imported(path, dst):
@@ -44,40 +31,6 @@ def refused(path, dst):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert not dst.exists() or list(dst.iterdir()) == []
     return str(caught.value)
-
-
-def check_golden(trace):
-    want = np.stack([doc_values.hidden(i) for i in LAYERS], axis=1)
-    np.testing.assert_array_equal(trace.read("hidden").astype(np.float32), want)
-    codes, scales = zip(*(doc_values.keys(i) for i in LAYERS), strict=True)
-    keys = trace.keys()
-    np.testing.assert_array_equal(keys.values.view(np.uint8), np.stack(codes, axis=1))
-    np.testing.assert_array_equal(keys.scale, np.stack(scales, axis=1))
-    np.testing.assert_array_equal(trace.read("positions"), PROMPT + np.arange(TOKENS))
-    formed = [max(0, 4 * j + 3 - PROMPT) for j in range(ENTRIES)]
-    np.testing.assert_array_equal(trace.read("formed_at"), formed)
-    check_labels(trace.votes())
-    for token, logits in enumerate(trace.golden_logits()):
-        count = (PROMPT + token + 1) // 4
-        want = [doc_values.logits(i, token) for i in LAYERS]
-        np.testing.assert_array_equal(logits[:, :count], want)
-        assert np.isnan(logits[:, count:]).all()
-    assert trace.info.target_layers == LAYERS and trace.mass() is None
-    assert (trace.info.prompt_tokens, trace.info.dropped_labels) == (PROMPT, DROPPED)
-    assert trace.info.rope == KeyRope.of_model(load_config("v4_flash"))
-    assert trace.info.model is None and trace.info.source.startswith(
-        f"{trace.path.name}.pkl sha256"
-    )
-
-
-def check_labels(votes):
-    indices, scores, pointers = doc_values.labels()
-    for token in range(TOKENS):
-        span = slice(pointers[token], pointers[token + 1])
-        pairs = zip(indices[span].tolist(), scores[span].tolist(), strict=True)
-        want = [pair for pair in pairs if pair[0] < ENTRIES]
-        got = list(zip(*(part.tolist() for part in votes.row(token)), strict=True))
-        assert got == sorted(want, key=lambda pair: (-pair[1], pair[0]))
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
@@ -299,64 +252,3 @@ def test_a_storage_within_a_storage_is_refused_so_that_nesting_has_an_end(tmp_pa
     path.write_bytes(data)
     message = "its pickle names 'torch.storage._load_from_bytes', which is refused"
     assert message in refused(path, tmp_path / "set")
-
-
-# The command
-
-
-def test_the_command_imports_a_directory_and_goes_on_where_it_stopped(tmp_path, capsys):
-    dst = tmp_path / "set"
-    assert main([str(GOLDENS[0]), str(dst)]) == 0
-    before = (dst / "doc_00000" / "trace.json").stat()
-    (dst / "doc_00001.partial").mkdir()  # of a run that was killed
-    assert main([str(FOLDER), str(dst)]) == 0
-    out = capsys.readouterr().out
-    count = doc_values.labels()[0].size - DROPPED
-    assert f"2 documents, {2 * TOKENS} tokens, {2 * count} labels; 4 labels out of range" in out
-    assert f"{dst / 'doc_00001'}: 2 labels were of entries beyond its 27 entries" in out
-    assert finished_traces(dst) == sorted(dst.iterdir()) and len(finished_traces(dst)) == 2
-    assert (dst / "doc_00000" / "trace.json").stat() == before
-    check_golden(open_trace(dst / "doc_00000"))
-
-
-def test_the_command_names_every_refused_document_and_imports_the_others(tmp_path, capsys):
-    src, dst = tmp_path / "src", tmp_path / "set"
-    src.mkdir()
-    shutil.copy(GOLDENS[0], src / "doc_2.pkl")
-    write_doc(src / "doc_1.pkl", compk_layer_12=None)
-    (src / "doc_3.pkl").write_bytes(ATTACKS["global"])
-    assert main([str(src), str(dst)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error: 2 of 3 documents were refused")
-    assert "doc_1.pkl: compk_layer_12 is missing" in lines[1]
-    assert "doc_3.pkl: its pickle names 'posix.mkdir', which is refused" in lines[2]
-    assert [path.name for path in finished_traces(dst)] == ["doc_2"]
-
-
-def test_the_command_refuses_what_it_cannot_tell_apart(tmp_path, capsys):
-    src, dst = tmp_path / "src", tmp_path / "set"
-    src.mkdir()
-    shutil.copy(GOLDENS[1], src / "doc_00000.pkl")
-    assert main([str(FOLDER), str(src), str(dst)]) == 2
-    assert "documents must have different names" in capsys.readouterr().err
-    assert not dst.exists()
-    assert main([str(FOLDER), str(dst)]) == 0
-    assert main([str(src), str(dst)]) == 2
-    assert "is there already, from 'doc_00000.pkl sha256:" in capsys.readouterr().err
-    assert main([str(dst / "doc_00000"), str(dst)]) == 2
-    assert "must have documents named doc_*.pkl, got none" in capsys.readouterr().err
-    assert main([str(src / "doc_9.pkl"), str(dst)]) == 2
-    assert "doc_9.pkl" in capsys.readouterr().err
-    assert main([str(FOLDER), str(dst / "x"), "--min-layers", "0"]) == 2
-    assert "votes.min_layers must be >= 1" in capsys.readouterr().err
-
-
-def test_what_the_dumps_do_not_say_is_taken_from_the_options(tmp_path, capsys):
-    path = write_doc(tmp_path / "doc_1.pkl")
-    options = ["--csa-layers", "40", "--top-p", "0.4", "--page-entries", "16"]
-    assert main([str(path), str(tmp_path / "set"), *options]) == 0
-    info = open_trace(tmp_path / "set" / "doc_1").info
-    assert (info.csa_layers, info.votes.top_p, info.page_entries) == (40, 0.4, 16)
-    assert main([str(path), str(tmp_path / "other"), "--csa-layers", "20"]) == 2
-    assert "label_scores must be votes in [3, 20], got" in capsys.readouterr().err
-    assert main([str(path), str(tmp_path / "other"), "--min-layers", "22"]) == 2

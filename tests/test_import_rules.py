@@ -55,12 +55,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "train.traces": ("train.traces", "lsa_jax"),
     "train.data": ("train.data", "train.traces", "lsa_jax"),
     "train.quality": ("train.quality", "train.data.labels", "train.traces", "lsa_jax"),
-    "train.run": ("train.run", "train.data", "train.quality", "train.traces", "lsa_jax"),
-    "train.pretraining": ("train.pretraining", "lsa_jax"),
+    "train.run": (
+        *("train.run", "train.data", "train.quality", "train.tables", "train.traces", "lsa_jax"),
+    ),
+    "train.pretraining": ("train.pretraining", "train.tables", "train.run", "lsa_jax"),
+    "train.tables": ("lsa_jax",),
+    "train.backbone_command": ("train", "evals.mini", "evals.tasks", "lsa_jax"),
 }
 TRAIN_COMMANDS = (
-    *("import_docs", "dump_traces", "dump_options", "indexer", "indexer_command", "evaluate"),
-    *("calibrate", "study_options", "export", "verify", "mine_hard"),
+    *("backbone", "backbone_command", "import_docs", "dump_traces", "dump_options", "indexer"),
+    *("indexer_command", "evaluate", "calibrate", "study_options", "export", "verify"),
+    "mine_hard",
 )
 COMMANDS = (
     "lsa_jax.cli",

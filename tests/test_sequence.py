@@ -199,7 +199,7 @@ def test_steps_lower_the_loss_and_one_that_is_not_finite_changes_nothing_but_the
 
     @jax.jit
     def step(state, batch):
-        return lm_step.step(CONFIG, COMPUTE, LossConfig(), optimizer, state, batch)
+        return lm_step.step(CONFIG, COMPUTE, LossConfig(), optimizer, state, batch, 1.0)
 
     losses = []
     for _ in range(12):
@@ -222,7 +222,7 @@ def test_kernels_without_a_gradient_and_quantised_leaves_are_refused():
     state = LmState(params, fixed, None, jnp.zeros((), jnp.int32))
     auto = ComputeConfig(dtype="float32")
     with pytest.raises(ConfigError, match="backend must be xla to train, got auto"):
-        lm_step.step(CONFIG, auto, LossConfig(), optax.sgd(1.0), state, BATCH)
+        lm_step.step(CONFIG, auto, LossConfig(), optax.sgd(1.0), state, BATCH, 1.0)
     odd = {**leaves(), "head.scale": jnp.zeros(1)}
     with pytest.raises(ConfigError, match="leaves must be dense to be trained, got quantised"):
         sequence.forward(CONFIG, COMPUTE, odd, jnp.asarray(IDS))

@@ -8,7 +8,7 @@ import pytest
 
 from tests.train_traces import planted_traces
 from train.data.dataset import Corpus, DataConfig, batches
-from train.data.documents import load_document
+from train.data.documents import load_labels
 from train.data.labels import ResidentRule, SamplingConfig
 from train.data.sample_counts import count_samples, padded_sizes, window_distinct
 from train.data.sampling import draw_sample
@@ -71,7 +71,7 @@ def test_counts_are_those_of_drawn_samples(corpus, unit, mode):
     cfg = dataclasses.replace(SAMPLING, unit=unit, **mode)
     size = 8 if unit == "page" else 1
     for number, trace in enumerate(corpus.traces[::2]):
-        doc = load_document(trace, number, (0, 2)).labels
+        doc = load_labels(trace, number).labels
         counts = count_samples(doc, cfg, interval=3)
         assert set(counts.tokens.tolist()) <= set(range(0, trace.tokens, 3))
         for token, positives, pool, slots in zip(*counts, strict=True):

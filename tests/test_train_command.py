@@ -66,6 +66,48 @@ def test_the_command_stops_at_a_signal_and_goes_on_to_a_plot(root, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGTERM, "imports"),
+        pytest.param(signal.SIGINT, "imports", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "reads", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "reads", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_while_it_starts_is_one_line_and_its_exit_code(tmp_path, number, moment):
+    """While the slow imports go on, and while it waits for a trace that is a pipe."""
+    pipe = tmp_path / "set" / "doc" / "trace.json"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    given = ("--config", "indexer", "--data", pipe.parents[1], "--out", tmp_path / "run")
+    process = command(*given)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while moment == "imports" and "numpy" not in maps.read_text():
+        assert process.poll() is None
+        time.sleep(0.002)
+    # Opened when the other side has, and for it to wait on, or for nobody.
+    writer = os.open(pipe, os.O_RDWR if moment == "imports" else os.O_WRONLY)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    os.close(writer)
+    assert (code, out) == (128 + number, "")
+    assert err.startswith(f"{number.name}: ended at once; ") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_begin_says_so_in_one_line_and_no_thread_adds_to_it(root, tmp_path):
+    init = {"kind": "indexer", "path": str(tmp_path / "nowhere.safetensors")}
+    file = train_runs.toml(config(root, init=init), tmp_path / "config.toml")
+    for _ in range(3):  # threads are not always as late
+        code, out, err = finish(command("--config", file, "--out", tmp_path / "run"))
+        assert (code, out) == (2, "")
+        *statistics, last = err.splitlines()
+        assert last.startswith("error: [Errno 2] No such file"), err
+        assert all(line.startswith(("train: ", "leakage: ", "  ")) for line in statistics), err
+
+
 class Enough(Exception):
     """Stops a run between two steps."""
 

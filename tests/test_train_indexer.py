@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,17 +22,16 @@ from lsa_jax.lsa.widening import widen
 from tests import train_runs
 from tests.train_runs import config, train
 from tests.train_traces import planted_traces
+from train import tables
 from train.data.corpus import Corpus
-from train.indexer import main
 from train.quality.evaluation import evaluate_traces
 from train.quality.metrics import MetricsConfig, add_tallies
-from train.run import config as train_config
 from train.run import forward, initial
 from train.run.checkpoints import load_params
-from train.run.config import InitConfig, load_train_config
+from train.run.config import InitConfig, TrainConfig, load_train_config
 from train.run.progress import TensorBoard, read_metrics
 from train.run.splits import open_corpora
-from train.traces.trace_info import KeyRope, fingerprint
+from train.traces.trace_info import KeyRope, fingerprint, weights_digest
 
 ROOT = Path(__file__).parents[1]
 SMALL = IndexerConfig(
@@ -84,70 +82,9 @@ def test_overrides_are_read_as_their_fields_type_says(tmp_path):
     assert cfg.data.target_layers == (1, 2) and cfg.objective.kept_shares == (0.1, 0.3)
     assert load_train_config(file, ["data.target_layers=false"]).data.target_layers is None
     assert cfg.sampling.causal is True
-    assert train_config.from_table(train_config.to_json(cfg)) == cfg
+    assert tables.build(TrainConfig, tables.to_json(cfg)) == cfg
     copy = train_runs.toml(cfg, tmp_path / "copy.toml")
     assert load_train_config(copy) == cfg
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("run.stepz=1", "--set run.stepz: field of run must be one of epochs, steps, "),
-        ("runs.steps=1", "--set runs.steps: field of the configuration must be one of data, "),
-        ("run.steps.x=1", "--set run.steps.x: field of run.steps must be no further field"),
-        ("run.steps", "--set must be table.field=value, got 'run.steps'"),
-        ("run=1", "--set must be table.field=value, got 'run=1'"),
-        ("sampling.resident=1", "--set must be a field of the table sampling.resident, not all"),
-        ("run.steps=many", "run.steps must be a TOML value, got 'many'"),
-        ("run.steps=1.5", "run.steps must be an int of 64 bits, got 1.5"),
-        ("run.steps=true", "run.steps must be an int of 64 bits, got True"),
-        ("run.keep=0", "run.keep must be >= 1, got 0"),
-        ("data.train=DIR", "data.train must be a list, got 'DIR'"),
-        ("data.train=[DIR]", "data.train must be a list, got '[DIR]'"),
-        ("sampling.causal=1", "sampling.causal must be true or false, got 1"),
-        ("init.kind=nativ", "init.kind must be one of random, native, indexer, got 'nativ'"),
-        ("init.kind=native", "init.path must be given, as init.kind is 'native', got ''"),
-        ("init.path=x", "init.path must be empty, got 'x'"),
-        ("objective.focal=nan", "objective.focal must be finite, got nan"),
-        ("objective.page_entries=4", "objective.page_entries must be 1, or sampling.resident.page"),
-        ("run.compute_dtype=fp8", "run.compute_dtype must be one of bfloat16, float32, got 'fp8'"),
-    ],
-)
-def test_a_bad_override_is_one_line_and_exit_code_2(tmp_path, capsys, override, message):
-    arguments = ["--config", "indexer", "--out", str(tmp_path / "run"), "--set", override]
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: {message}") and err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", "tiny"], "error: field of the configuration must be one of data, "),
-        (["--config", "nowhere"], "error: config must be a TOML file, or indexer for the "),
-        (["--config", "indexer"], "error: data.train must be at least one trace set (--data DIR)"),
-        (["--config", "indexer", "--data", "nowhere"], "error: nowhere must have a directory"),
-        (["--config", "indexer", "--tensorboard"], "error: --tensorboard needs tensorboardX: pip"),
-        (["--config", "indexer", "--plot", "x"], "error: --plot needs matplotlib: pip install"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    for module in ("tensorboardX", "matplotlib"):
-        monkeypatch.setitem(sys.modules, module, None)
-    assert main([*arguments, "--out", "run"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(message) and err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_processes_are_described_completely_or_not_at_all(capsys):
-    for arguments in (["--processes", "2"], ["--coordinator", "h:1", "--processes", "2"]):
-        with pytest.raises(SystemExit) as caught:
-            main(["--config", "indexer", "--out", "run", *arguments])
-        assert caught.value.code == 2
-        assert "must be given together" in capsys.readouterr().err
 
 
 def test_random_weights_begin_as_torchs_linear_does():
@@ -182,7 +119,7 @@ def of_tiny(tmp_path_factory) -> tuple[Path, Corpus]:
 
 def native(corpus: Corpus, path: Path, **indexer) -> tuple[IndexerConfig, dict[str, np.ndarray]]:
     raw = {"indexer": indexer, "init": {"kind": "native", "path": str(path)}}
-    return initial.initial_indexer(train_config.from_table(raw), corpus)
+    return initial.initial_indexer(tables.build(TrainConfig, raw), corpus)
 
 
 @pytest.mark.slow
@@ -228,20 +165,25 @@ def test_native_indexers_of_another_model_are_refused(of_tiny):
         native(corpus, checkpoint, n_heads=16, q_lora_rank=56)
 
 
-def test_splits_that_do_not_fit_one_another_are_refused(root, tmp_path):
-    planted_traces(tmp_path / "other", documents=1, tokens=32, prompt_entries=60, csa_layers=5)
-    cfg = config(root, data={"validation": [str(tmp_path / "other")]})
-    with pytest.raises(ValueError, match=r"csa_layers must be the same .* 4 in .* and 5 in "):
-        open_corpora(cfg)
-    planted_traces(tmp_path / "bare", documents=1, tokens=32, prompt_entries=60, mass=False)
-    cfg = config(root, data={"train": [str(tmp_path / "bare")]}, objective={"mass": 0.5})
-    with pytest.raises(ConfigError, match=r"objective.mass must be 0, as .* has no attention mass"):
-        open_corpora(cfg)
-    fits = {"vote_weighting": True, "least_votes": 3, "most_votes": 4}  # of four layers
-    open_corpora(config(root, sampling=fits))
-    for bounds in ({"least_votes": 4, "most_votes": 5}, {"least_votes": 2, "most_votes": 3}):
-        with pytest.raises(ConfigError, match=r"most_votes must be around 3\.\.4, the votes of"):
-            open_corpora(config(root, sampling={**fits, **bounds}))
+def test_native_indexers_of_other_weights_of_the_model_are_refused(of_tiny, tmp_path, monkeypatch):
+    """Before they are loaded; where either digest is not known they cannot be told apart."""
+    checkpoint, corpus = of_tiny
+    known = weights_digest(checkpoint)
+    monkeypatch.setattr(initial.store, "load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    other = of_weights(corpus, "0" * 64)
+    with pytest.raises(
+        ConfigError, match=r"of the weights of the traces, 0{12}.. .* of " + known[:9]
+    ):
+        native(other, checkpoint, n_heads=48, q_lora_rank=56)
+    for same in (of_weights(corpus, known), corpus):
+        with pytest.raises(pytest.fail.Exception, match="loaded"):
+            native(same, checkpoint, n_heads=48, q_lora_rank=56)
+
+
+def of_weights(corpus: Corpus, weights: str | None) -> Corpus:
+    trace = corpus.traces[0]
+    info = dataclasses.replace(trace.info, weights=weights)
+    return Corpus([dataclasses.replace(trace, info=info)])
 
 
 @pytest.mark.slow

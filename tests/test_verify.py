@@ -272,6 +272,15 @@ def test_bad_input_exits_with_2_and_one_line_that_says_why(tmp_path, capsys):
         assert captured.out == ""
 
 
+def test_a_place_for_figures_that_cannot_be_written_is_refused_first(tmp_path, capsys):
+    for path, message in (
+        (tmp_path / "no" / "f.json", "in a directory that is there"),
+        (tmp_path, "a file, not a directory"),
+    ):
+        assert run(tmp_path / "no.safetensors", tmp_path, "--json", str(path)) == 2
+        assert f"--json must be {message}" in capsys.readouterr().err
+
+
 def test_a_damaged_array_is_bad_input_rather_than_a_failure(tmp_path, capsys):
     root = write_trace(tmp_path / "set")
     files = [path for path in (root / "doc-0" / "keys").rglob("*") if path.is_file()]

@@ -15,9 +15,10 @@ from tests.train_traces import PAGE, planted_traces
 from train.data.batch import Batch
 from train.run import loop
 from train.run.checkpoints import load_params
-from train.run.config import TrainConfig, from_table
+from train.run.config import TrainConfig
 from train.run.progress import read_metrics
 from train.run.splits import open_corpora
+from train.tables import build
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def config(root: Path, **tables: dict[str, Any]) -> TrainConfig:
     }
     for name, fields in tables.items():
         raw.setdefault(name, {}).update(fields)
-    return from_table(raw)
+    return build(TrainConfig, raw)
 
 
 class Audit:

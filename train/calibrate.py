@@ -1,6 +1,6 @@
 """Fits an indexer's thresholds to a budget of KV bytes, by length, and stores them with it.
 
-    python -m train.calibrate --indexer FILE --traces DIR --budgets 0.10 --out FILE2
+    python -m train.calibrate --indexer RUN_OR_FILE --traces DIR --budgets 0.10 --out FILE2
 
 With the policy "budget", decoding recalls the pages that have an entry above the threshold: fitted
 here so that, on average over the decisions of a length bucket, what is on the device takes the
@@ -26,10 +26,11 @@ from lsa_jax.config_checks import refusal
 from lsa_jax.lsa.budget import Budget, Calibration, allowed_pages, fit_thresholds
 from lsa_jax.lsa.indexer_file import write_indexer
 from lsa_jax.lsa.indexer_io import from_file
-from lsa_jax.lsa.indexer_reader import read_indexer
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train import study_options
 from train.data.labels import ResidentRule
+from train.export import read_source
+from train.outputs import check_file
 from train.quality.evaluation import Recording, check_trace, decisions, open_traces, scores_at
 from train.quality.intervals import Interval, bootstrap
 from train.quality.metrics import length_bucket, per_page
@@ -180,6 +181,7 @@ def destinations(out: Path, budgets: Sequence[str]) -> dict[str, Path]:
     for path in found.values():
         if path.exists():
             raise FileExistsError(f"{path} exists already: delete it or choose another --out")
+        check_file("--out", path)
     return found
 
 
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> list[str]:
     budgets = parse_budgets(args.budgets)
     paths = destinations(args.out, list(budgets))
     cfg = config_io.load_config(args.config)
-    file = read_indexer(args.indexer, cfg)
+    file = read_source(args.indexer, cfg).indexer
     traces = open_traces(args.traces, verify=args.verify)
     if args.holdout:
         held = open_traces(args.holdout, verify=args.verify)
@@ -236,7 +238,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--indexer", type=Path, required=True, metavar="FILE", help="memory indexer")
+    add("--indexer", type=Path, required=True, metavar="FILE", help="run, file or export")
     add("--out", type=Path, required=True, metavar="FILE2", help="it with the thresholds")
     study_options.add_study(parser)
     budgets = "KV bytes on the device: 0.10, 400MB; several by commas"

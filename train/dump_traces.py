@@ -21,11 +21,13 @@ from lsa_jax.checkpoint import manifest
 from lsa_jax.config import ConfigError, ModelConfig
 from lsa_jax.text.tokenizer import Tokenizer
 from train.dump_options import Options, parse
+from train.outputs import check_directory
 from train.traces import prompts_jsonl
 from train.traces.columns import TraceError
 from train.traces.prompts_jsonl import Line, Reading, token_ids
 from train.traces.recording import Document, Nothing, RecordConfig, Recorded, Recorder
 from train.traces.trace import open_trace
+from train.traces.trace_info import weights_digest
 
 _ANSWERS = "answers"
 
@@ -112,6 +114,7 @@ def write_answer(
 
 def dump(options: Options) -> None:
     """Checks everything that can be checked cheaply, loads the model, and records."""
+    check_directory("--out", options.out)
     cfg = model_io.read_config(options.ckpt)
     config = options.record(cfg)
     reading = Reading(vocab_size=cfg.vocab_size, thinking=options.thinking, replay=options.replay)
@@ -146,6 +149,7 @@ def _recorder(
         prefill_chunk=options.prefill_chunk,
         mesh=mesh,
         backbone=cfg,
+        weights=weights_digest(options.ckpt),
     )
 
 

@@ -1,6 +1,6 @@
 """Evaluates memory indexers on traces as they will be deployed, beside untrained arms.
 
-    python -m train.evaluate --indexer FILE --traces DIR --out OUT
+    python -m train.evaluate --indexer RUN_OR_FILE --traces DIR --out OUT
 
 A decision scores all entries that exist at its token, and a budget of KV bytes says how many pages
 are on the device until the next one. Every arm gets the same pages: forced ones (--recency,
@@ -25,10 +25,11 @@ from lsa_jax.config import ConfigError, ModelConfig
 from lsa_jax.lsa import indexer_config
 from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_io import from_file
-from lsa_jax.lsa.indexer_reader import read_indexer
 from lsa_jax.lsa.policy import PolicyConfig
 from train import study_options
 from train.data.labels import ResidentRule
+from train.export import read_source
+from train.outputs import check_directory
 from train.quality import evaluation_report as report
 from train.quality.baselines import BASELINES, DESCRIPTIONS, Baseline, PagePolicy
 from train.quality.evaluation import check_trace, open_traces
@@ -44,10 +45,10 @@ REPORT = "report.json"
 
 
 def indexer_names(paths: list[Path]) -> dict[str, Path]:
-    """Indexers by a short name: the file's, or its path where files are called alike."""
+    """Indexers by a short name: the file's or the directory's, or its path where two are alike."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise ConfigError(f"--indexer must be given once for a file, got {[*map(str, paths)]}")
-    stems = [path.stem for path in paths]
+    stems = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     return {
         str(path) if stems.count(stem) > 1 else stem: path
         for stem, path in zip(stems, paths, strict=True)
@@ -78,6 +79,7 @@ def check_output(args: argparse.Namespace) -> None:
     """Raises FileExistsError or ConfigError before anything is computed."""
     if (args.out / REPORT).exists() and not args.overwrite:
         raise FileExistsError(f"{args.out / REPORT} exists already: --overwrite replaces it")
+    check_directory("--out", args.out)
     if args.plots and importlib.util.find_spec("matplotlib") is None:
         got = "got none: pip install 'lsa_jax[plot]', or --no-plots"
         raise ConfigError(f"pictures need matplotlib, {got}")
@@ -88,6 +90,7 @@ class Case(NamedTuple):
 
     path: Path
     file: IndexerFile
+    step: int | None  # of a run: its checkpoint
     room: DeviceRoom
     protocol: Protocol
 
@@ -97,12 +100,13 @@ def read_cases(args: argparse.Namespace, cfg: ModelConfig, traces: list[Trace]) 
     rule = study_options.resident_rule(args, traces, args.policy)
     cases = {}
     for name, path in indexer_names(args.indexer).items():
-        file = read_indexer(path, cfg)
+        source = read_source(path, cfg)
+        file = source.indexer
         room = study_options.device_room(args, cfg, file.config, rule)
         for trace in traces:
             room.check(trace)
             check_trace(file.config, trace)
-        cases[name] = Case(path, file, room, _protocol(args, path, file, rule))
+        cases[name] = Case(path, file, source.step, room, _protocol(args, path, file, rule))
     return cases
 
 
@@ -153,6 +157,7 @@ def as_json(
         "indexers": {
             name: {
                 "file": str(case.path),
+                "step": case.step,
                 "config": indexer_config.to_json(case.file.config),
                 "threshold": _threshold(case.protocol),
                 **report.summary_json(summaries[name]),
@@ -218,7 +223,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    several = "memory indexers; several are compared, each with the first"
+    several = "runs, indexer files, exports; several are compared, each with the first"
     add("--indexer", type=Path, nargs="+", required=True, metavar="FILE", help=several)
     add("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     add("--overwrite", action="store_true", help="replaces the report that is there")

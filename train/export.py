@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lsa_jax import cli
-from lsa_jax.config import ConfigError
+from lsa_jax.config import ConfigError, ModelConfig
 from lsa_jax.config_checks import refusal, table
 from lsa_jax.lsa import indexer_config
 from lsa_jax.lsa.indexer_config import leaf_shapes
@@ -109,11 +109,18 @@ class Source:
     step: int | None = None
 
 
-def read_source(src: Path, *, step: int | None = None, layer: int | None = None) -> Source:
+def read_source(
+    src: Path,
+    model: ModelConfig | None = None,
+    *,
+    step: int | None = None,
+    layer: int | None = None,
+) -> Source:
     """The indexer at `src`, whatever it is.
 
     Args:
       src: a run's directory, an indexer file, or an exported directory.
+      model: the backbone that it is for, which it is held to.
       step: of a run: which checkpoint; by default the best, the last where none was validated.
       layer: of a `.pt` with a single layer: its CSA ordinal.
 
@@ -126,10 +133,19 @@ def read_source(src: Path, *, step: int | None = None, layer: int | None = None)
         raise refusal("--layer", layer, f"left out, as {src} names its own layers")
     if is_run:
         config, leaves, found = checkpoints.load_params(src, step)
-        return Source(IndexerFile(config, leaves), found)
-    if src.is_dir() and not (src / MANIFEST).exists():
+        source = Source(IndexerFile(config, leaves), found)
+    elif not src.is_dir():
+        return Source(read_indexer(src, model, layer=layer))
+    elif (src / MANIFEST).exists():
+        source = Source(read_orbax(src))
+    else:
         raise fault(src, f"must have checkpoints/, as a run, or {MANIFEST}, as an export")
-    return Source(read_orbax(src) if src.is_dir() else read_indexer(src, layer=layer))
+    try:
+        if model is not None:
+            source.indexer.config.check_model(model)
+    except ConfigError as why:
+        raise fault(src, str(why)) from None
+    return source
 
 
 def write(dst: Path, indexer: IndexerFile) -> None:

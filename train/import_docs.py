@@ -17,6 +17,7 @@ import numpy as np
 
 from lsa_jax import cli
 from lsa_jax.config import ConfigError, YarnConfig
+from train.outputs import check_directory
 from train.traces.columns import TraceError
 from train.traces.doc_pickle import Document, read_document
 from train.traces.trace import TraceWriter, open_trace
@@ -259,8 +260,9 @@ def import_all(
         except TraceError as why:
             problems.append(str(why))
     if problems:
+        there = f"; {dst} has the others" if done else f"; {dst} has none of them"
         wanted = f"{len(problems)} of {len(files)} documents were refused"
-        raise TraceError(f"{wanted}; {dst} has the others", problems)
+        raise TraceError(wanted + there, problems)
     return done
 
 
@@ -293,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             votes=VoteConfig(min_layers=args.min_layers, top_p=args.top_p),
         )
         files = document_files(args.src)
+        check_directory("DST", args.dst)
         with cli.byte_progress(sum(file.stat().st_size for file in files), "import") as progress:
             done = import_all(files, args.dst, backbone, progress)
         tokens, labels = sum(d.tokens for d in done), sum(d.labels for d in done)

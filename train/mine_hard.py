@@ -26,6 +26,7 @@ from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.export import leaf_digests, read_source
+from train.outputs import check_file
 from train.quality.evaluation import Recording, decisions, open_traces
 from train.traces.columns import TraceError
 from train.traces.trace import Trace
@@ -100,6 +101,7 @@ def mine(args: argparse.Namespace) -> tuple[int, int]:
         raise refusal("--out", str(args.out), "a name that ends in .npz")
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already: delete it or choose another name")
+    check_file("--out", args.out)
     files = [read_source(path).indexer for path in args.indexer]
     indexers, traces = [from_file(file) for file in files], open_traces(args.traces)
     names = sorted(trace.info.name for trace in traces)

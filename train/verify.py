@@ -30,6 +30,7 @@ from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train import import_docs
 from train.export import read_source
+from train.outputs import check_file
 from train.quality.evaluation import check_trace
 from train.quality.scoring import Scorer
 from train.traces.columns import TraceError
@@ -293,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
 
     def body() -> None:
+        if args.json:
+            check_file("--json", args.json)
         source = read_source(args.indexer, layer=args.layer)
         indexer = from_file(source.indexer, query_mode=args.query_mode)
         result = Verification.of(indexer, args.traces)

@@ -155,9 +155,12 @@ def write_pages(
     def scatter(pool: Array, rows: Array) -> Array:
         batch, pages, per_page = pool.shape[:3]
         offset = jnp.arange(rows.shape[1])[None]
-        index = jnp.where(offset < count[:, None], first[:, None] + offset, pages * per_page)
+        beyond = pages * per_page + offset  # no index twice, which the gradient profits from
+        index = jnp.where(offset < count[:, None], first[:, None] + offset, beyond)
         flat = pool.reshape(batch, pages * per_page, *pool.shape[3:])
-        flat = flat.at[jnp.arange(batch)[:, None], index].set(rows, mode="drop")
+        flat = flat.at[jnp.arange(batch)[:, None], index].set(
+            rows, mode="drop", unique_indices=True
+        )
         return flat.reshape(pool.shape)
 
     return jax.tree.map(scatter, planes, new)

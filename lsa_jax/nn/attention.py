@@ -332,12 +332,15 @@ class Attention(nnx.Module):
         share the W entries before them and their own."""
         window = past.shape[1]
         band = jnp.concatenate([past, kv], axis=1)
-        band = jnp.pad(band, ((0, 0), (0, total - kv.shape[1]), (0, 0)))
+        groups, after = total // step, -(-window // step)
+        band = jnp.pad(band, ((0, 0), (0, (groups + after) * step - band.shape[1]), (0, 0)))
         index = jnp.arange(0, total, step)[:, None] + jnp.arange(window + step)
         age = window + jnp.arange(step)[:, None] - jnp.arange(window + step)
         exists = start[:, None, None] - window + index >= 0
-        mask = ((age >= 0) & (age < window)) & exists[:, :, None]
-        return KeySet(band[:, index], mask.reshape(past.shape[0], total, -1))
+        mask = (age >= 0) & (age < window) & exists[:, :, None]
+        parts = band.reshape(past.shape[0], groups + after, step, -1)
+        keys = jnp.concatenate([parts[:, i : i + groups] for i in range(after + 1)], axis=2)
+        return KeySet(keys[:, :, : window + step], mask.reshape(past.shape[0], total, -1))
 
     @staticmethod
     def _ordered_ring(ring: Float[Array, "B W c"], start: Int[Array, " B"]) -> Array:

@@ -6,6 +6,7 @@ with the statistics that earlier chunks left in the tail: one-shot, chunked and 
 prefill are the same computation.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from lsa_jax.cache.state import EMPTY_GATE, Tail
 from lsa_jax.config import ComputeConfig, ModelConfig
 from lsa_jax.nn import rope
-from lsa_jax.nn.layers import Leaves, Linear, RMSNorm
+from lsa_jax.nn.layers import Leaves, Linear, RMSNorm, take_rows
 
 
 class NewEntries(NamedTuple):
@@ -43,15 +44,39 @@ def _reduce(value: Float[Array, "B w m k"], gate: Float[Array, "B w m k"]) -> Ar
     return jnp.stack([top, weight.sum(axis=2), (weight * value).sum(axis=2)], axis=2)
 
 
+def _slices(x: Float[Array, "B S k"], start: Int[Array, " B"], size: int) -> Float[Array, "B s k"]:
+    take = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0))
+    return take(x, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _align(x: Float[Array, "B T k"], offset: Int[Array, " B"], ratio: int, fill: float) -> Array:
-    """Places token t of a chunk at slot offset + t of whole windows -> [B, windows, ratio, k]."""
+    """Places token t of a chunk at slot offset + t of whole windows -> [B, windows, ratio, k].
+
+    The gradient takes the slots back by slices too; XLA would add them up one by one.
+    """
     tokens = x.shape[1]
     windows = (tokens + ratio - 2) // ratio + 1
     total = windows * ratio
     padded = jnp.pad(x, ((0, 0), (ratio - 1, total - tokens), (0, 0)), constant_values=fill)
-    start = ratio - 1 - offset
-    take = jax.vmap(lambda row, s: jax.lax.dynamic_slice_in_dim(row, s, total, axis=0))
-    return take(padded, start).reshape(x.shape[0], windows, ratio, -1)
+    return _slices(padded, ratio - 1 - offset, total).reshape(x.shape[0], windows, ratio, -1)
+
+
+def _align_forward(
+    x: Array, offset: Array, ratio: int, fill: float
+) -> tuple[Array, tuple[Array, Array]]:
+    return _align(x, offset, ratio, fill), (x, offset)
+
+
+def _align_backward(
+    ratio: int, fill: float, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None]:
+    x, offset = kept
+    slots = cotangent.reshape(x.shape[0], -1, x.shape[2])
+    return _slices(slots, offset, x.shape[1]), None
+
+
+_align.defvjp(_align_forward, _align_backward)
 
 
 class Compressor(nnx.Module):
@@ -93,7 +118,7 @@ class Compressor(nnx.Module):
         tokens = jnp.arange(x.shape[1])
         slot = (start[:, None] + tokens) % self.ratio
         value = self.wkv(x, jnp.float32)
-        gate = self.wgate(x, jnp.float32) + self.ape[...][slot]
+        gate = self.wgate(x, jnp.float32) + take_rows(self.ape[...], slot)
         gate = jnp.where((tokens < count[:, None])[..., None], gate, EMPTY_GATE)
         if x.shape[1] == 1:  # a single token needs no alignment
             stats = _reduce(value[:, :, None], gate[:, :, None])

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lsa_jax import quant
 from lsa_jax.config import ComputeConfig
@@ -71,6 +71,27 @@ def matmul(x: Array, w: Array, out_dtype: Any = None) -> Array:
         preferred_element_type=jnp.float32,
     )
     return y.astype(x.dtype if out_dtype is None else out_dtype)
+
+
+@jax.custom_vjp
+def take_rows(table: Float[Array, "V k"], index: Int[Array, "*n"]) -> Float[Array, "*n k"]:
+    """Rows of a table. The gradient is a matmul with one-hot rows, summed in float32: where rows
+    repeat, adding them up in place takes accelerators many times as long."""
+    return table[index]
+
+
+def _rows_forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[index], (table, index)
+
+
+def _rows_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, None]:
+    table, index = kept
+    rows = cotangent.reshape(-1, table.shape[1])
+    chosen = jax.nn.one_hot(index.reshape(-1), len(table), axis=0, dtype=rows.dtype)
+    return matmul(chosen, rows.T, jnp.float32).astype(table.dtype), None
+
+
+take_rows.defvjp(_rows_forward, _rows_backward)
 
 
 class Linear(nnx.Module):

@@ -58,14 +58,21 @@ class Router(nnx.Module):
             x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
         return matmul(x, weight, jnp.float32)
 
+    def affinity(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """sqrt(softplus(logits)), which both choice and weights are made of."""
+        return jnp.sqrt(jax.nn.softplus(self.logits(x)))
+
+    def choose(self, affinity: Float[Array, "T E"], ids: Int[Array, " T"]) -> Int[Array, "T k"]:
+        """The experts of each token."""
+        if self.tid2eid is not None:
+            return self.tid2eid[...][ids]
+        assert self.bias is not None
+        return jax.lax.top_k(affinity + self.bias[...], self.cfg.num_experts_per_tok)[1]
+
     def __call__(self, x: Float[Array, "T D"], ids: Int[Array, " T"]) -> Routing:
         """The experts of each token, and their weights."""
-        affinity = jnp.sqrt(jax.nn.softplus(self.logits(x)))
-        if self.tid2eid is not None:
-            experts = self.tid2eid[...][ids]
-        else:
-            assert self.bias is not None
-            _, experts = jax.lax.top_k(affinity + self.bias[...], self.cfg.num_experts_per_tok)
+        affinity = self.affinity(x)
+        experts = self.choose(affinity, ids)
         picked = jnp.take_along_axis(affinity, experts, axis=-1)
         weights = picked / jnp.sum(picked, axis=-1, keepdims=True)
         return Routing(experts, weights * self.cfg.routed_scaling_factor)
@@ -125,12 +132,11 @@ class Experts(nnx.Module):
     def _round(self, x: Array) -> Array:
         return quant.fp8_round(x, group=128) if self.simulate else x
 
-    def everywhere(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+    def everywhere(
+        self, x: Float[Array, "T D"], weight: Float[Array, "T E"]
+    ) -> Float[Array, "T D"]:
         """All experts on all tokens, with weight 0 where they were not chosen: differentiable, and
         E / k times the work. Dense experts only."""
-        tokens = jnp.arange(len(x))[:, None]
-        weight = jnp.zeros((len(x), self.cfg.n_routed_experts), jnp.float32)
-        weight = weight.at[tokens, routing.experts].add(routing.weights)
         exact = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
         rounded = self._round(x)
         w1, w2, w3 = (w.weight[...].astype(x.dtype) for w in (self.w1, self.w2, self.w3))

@@ -12,7 +12,7 @@ from lsa_jax.cache.state import DecodeState, LayerState, init_state
 from lsa_jax.config import CacheConfig, ComputeConfig, LayerType, MlpType, ModelConfig
 from lsa_jax.nn.attention import Attention
 from lsa_jax.nn.hyper_connections import HyperConnection, HyperHead
-from lsa_jax.nn.layers import Leaf, Leaves, Linear, RMSNorm
+from lsa_jax.nn.layers import Leaf, Leaves, Linear, RMSNorm, take_rows
 from lsa_jax.nn.moe import Moe
 from lsa_jax.parameters import Table, parameter_table
 
@@ -133,7 +133,7 @@ class DeepSeekV4(nnx.Module):
 
     def embedding(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Token embeddings, unscaled (2.1)."""
-        return self.embed.weight[...][ids].astype(self.dtype)
+        return take_rows(self.embed.weight[...], ids).astype(self.dtype)
 
     def streams(self, ids: Int[Array, "B T"]) -> Float[Array, "B T n D"]:
         """The first layer's residual streams: one embedding, n times (2.1)."""

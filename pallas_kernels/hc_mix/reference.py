@@ -1,17 +1,21 @@
 """The definition in plain XLA (DeepSeek-V4 spec 2.2)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.hc_mix import gradient
 
-def sinkhorn(logits: Float[Array, "*b n n"], iterations: int, eps: float) -> Float[Array, "*b n n"]:
-    """Row softmax, then alternating normalisation that ends on columns (axis -2).
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def normalise(soft: Float[Array, "*b n n"], iterations: int, eps: float) -> Float[Array, "*b n n"]:
+    """Alternating normalisation of columns (axis -2) and rows that begins and ends on columns.
 
     Every normalisation scales rows or columns, so the result is r_j * soft_jk * c_k: only the two
     vectors of scales are iterated, half the work and half the kernels of iterating the matrix.
     """
-    soft = jax.nn.softmax(logits, axis=-1) + eps
 
     def rescale(scale: Array, sums: Array) -> Array:
         return scale / (scale * sums + eps)
@@ -27,6 +31,14 @@ def sinkhorn(logits: Float[Array, "*b n n"], iterations: int, eps: float) -> Flo
     return row[..., :, None] * soft * col[..., None, :]
 
 
+normalise.defvjp(gradient.forward, gradient.backward)
+
+
+def sinkhorn(logits: Float[Array, "*b n n"], iterations: int, eps: float) -> Float[Array, "*b n n"]:
+    """Row softmax, then alternating normalisation that ends on columns (axis -2)."""
+    return normalise(jax.nn.softmax(logits, axis=-1) + eps, iterations, eps)
+
+
 def hc_mix(
     z: Float[Array, "N k"],
     scale: Float[Array, "3"],
@@ -38,7 +50,8 @@ def hc_mix(
 ) -> Float[Array, "N k"]:
     """See the package's `hc_mix`."""
     n = streams
-    factor = jnp.repeat(scale, jnp.array([n, n, n * n]), total_repeat_length=(2 + n) * n)
+    widths = (n, n, n * n)
+    factor = jnp.concatenate([jnp.full(w, scale[i]) for i, w in enumerate(widths)])
     logits = z * factor + base
     pre = jax.nn.sigmoid(logits[:, :n]) + eps
     post = 2 * jax.nn.sigmoid(logits[:, n : 2 * n])

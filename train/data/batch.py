@@ -1,16 +1,16 @@
 """What a training step gets: samples of all target layers, padded to one number of candidates."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from train.data.documents import LoadedDocument
+from train.data.documents import LabelledDocument
 from train.data.sampling import Sample
 
-AnyArray = np.ndarray | jax.Array
+AnyArray = Any  # NumPy's on the host, JAX's in a step
 
 
 class Targets(NamedTuple):
@@ -23,77 +23,93 @@ class Targets(NamedTuple):
     stands_for: Float[Array, "B C"]  # candidates of the full pool that a drawn one represents
 
 
-class Batch(NamedTuple):
-    """B samples of C candidates at L target layers; NumPy arrays, or JAX arrays on devices.
+class Drawn(NamedTuple):
+    """B samples of C candidates, by the numbers of their entries; as few bytes as will do.
 
-    Rows beyond the last sample of an epoch have `sample` -1 and no valid candidate; what is not
-    valid is 0.
+    Rows beyond the last sample of an epoch have document and token -1, and no valid candidate. What
+    is not valid has `index` -1, and is 0 in all else. What a sample's candidates have in common is
+    said once, in its `grades`; see `sampling.Sample`.
+    """
+
+    rows: AnyArray  # int32 [B, 4]: document, token, position, entries that exist at the token
+    grades: AnyArray  # float32 [B, G, 3]: label, weight, what a candidate of the grade stands for
+    index: AnyArray  # int32 [B, C]: entries of the row's document
+    codes: AnyArray  # uint8 [B, C]: the grade of each
+    mass: AnyArray  # float32 [B, C], or [B, 0] where nothing needs it
+
+    @property
+    def sample(self) -> AnyArray:
+        """Document and token, int32 [B, 2]."""
+        return self.rows[:, :2]
+
+    @property
+    def positions(self) -> AnyArray:
+        """Positions of the tokens, int32 [B]."""
+        return self.rows[:, 2]
+
+    @property
+    def entries(self) -> AnyArray:
+        """Entries that exist at the tokens, int32 [B]."""
+        return self.rows[:, 3]
+
+    @property
+    def targets(self) -> Targets:
+        """What the candidates should be scored like."""
+        numpy = isinstance(self.codes, np.ndarray)
+        take = np.take_along_axis if numpy else jnp.take_along_axis
+        grade = [take(self.grades[..., i], self.codes.astype(np.int32), axis=1) for i in range(3)]
+        valid = self.index >= 0
+        labels, weights, stands_for = (part * valid for part in grade)
+        mass = self.mass if self.mass.shape[1] else labels * 0
+        return Targets(labels, weights, mass, valid, stands_for)
+
+
+class Batch(NamedTuple):
+    """Drawn samples with hidden states at L target layers (0 in rows without a sample).
+
+    Their keys are on the devices already (`train.run.key_pool`).
     """
 
     hidden: AnyArray  # bfloat16 or float32 [L, B, D]
-    positions: AnyArray  # int32 [B]
-    entries: AnyArray  # int32 [B]: those that exist at the token
-    keys: AnyArray  # e4m3, bfloat16 or float32 [L, B, C, K]
-    key_scale: AnyArray | None  # float32 [L, B, C], with e4m3 only
-    targets: Targets  # [B, C] each
-    sample: AnyArray  # int64 [B, 2]: document, token
+    drawn: Drawn
+
+    @property
+    def sample(self) -> AnyArray:
+        """Document and token of each row, int32 [B, 2]."""
+        return self.drawn.sample
+
+    @property
+    def targets(self) -> Targets:
+        """What the candidates should be scored like."""
+        return self.drawn.targets
 
 
 class Row(NamedTuple):
     """One sample to be laid out; `offset` is added to its position."""
 
-    document: LoadedDocument
+    document: LabelledDocument
     token: int
     offset: int
     sample: Sample
 
 
-def plain(array: np.ndarray) -> np.ndarray:
-    """The array as integers of its width: NumPy copies rows of its own types much faster."""
-    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
-
-
-def assemble(rows: Sequence[Row], *, size: int, candidates: int, like: LoadedDocument) -> Batch:
-    """A batch of `size` rows, the first of them `rows`, of `candidates` each.
-
-    `like` is any document of the corpus: dtypes and sizes are its own.
-    """
-    layers, width = like.keys.shape[0], like.keys.shape[2]
-    hidden = np.zeros((layers, size, like.hidden.shape[2]), like.hidden.dtype)
-    positions, entries = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    keys = np.empty((layers, size, candidates, width), plain(like.keys).dtype)
-    scale = None if like.scale is None else np.empty((layers, size, candidates), np.float32)
-    labels, weights, mass, stands = np.zeros((4, size, candidates), np.float32)
-    valid = np.zeros((size, candidates), bool)
-    number = np.full((size, 2), -1, np.int64)
+def assemble(rows: Sequence[Row], *, size: int, candidates: int, grades: int, mass: bool) -> Drawn:
+    """`size` rows, the first of them `rows`, of `candidates` each."""
+    made = Drawn(
+        np.zeros((size, 4), np.int32),
+        np.zeros((size, grades, 3), np.float32),
+        np.full((size, candidates), -1, np.int32),
+        np.zeros((size, candidates), np.uint8),
+        np.zeros((size, candidates if mass else 0), np.float32),
+    )
+    made.rows[len(rows) :, :2] = -1
     for b, (document, token, offset, sample) in enumerate(rows):
-        count = len(sample.index)
-        plain(hidden)[:, b] = plain(document.hidden)[token]
-        positions[b] = document.positions[token] + offset
-        entries[b] = document.labels.entries_at(token)
-        number[b] = document.labels.number, token
-        labels[b, :count], weights[b, :count] = sample.labels, sample.weights
-        mass[b, :count], stands[b, :count] = sample.mass, sample.stands_for
-        valid[b, :count] = sample.index >= 0
-        _gather(document, sample.index, keys[:, b], None if scale is None else scale[:, b])
-    keys[:, len(rows) :] = 0
-    if scale is not None:
-        scale[:, len(rows) :] = 0
-    targets = Targets(*cast(Any, (labels, weights, mass, valid, stands)))
-    keys = keys.view(like.keys.dtype)
-    return Batch(hidden, positions, entries, keys, scale, targets, number)
-
-
-def _gather(
-    document: LoadedDocument, index: np.ndarray, keys: np.ndarray, scale: np.ndarray | None
-) -> None:
-    """Copies the keys of candidates to [L, C, K], straight to their place; 0 for the others."""
-    count, absent = len(index), np.flatnonzero(index < 0)
-    for layer, source in enumerate(plain(document.keys)):
-        # "clip" also lets NumPy write to `out` without a copy in between.
-        np.take(source, index, axis=0, out=keys[layer, :count], mode="clip")
-        if scale is not None and document.scale is not None:
-            np.take(document.scale[layer], index, out=scale[layer, :count], mode="clip")
-    for plane in (keys, *([] if scale is None else [scale])):
-        plane[:, absent] = 0
-        plane[:, count:] = 0
+        count, labels = len(sample.index), document.labels
+        position = document.positions[token] + offset
+        made.rows[b] = labels.number, token, position, labels.entries_at(token)
+        made.grades[b] = sample.grades
+        made.index[b, :count] = sample.index
+        made.codes[b, :count] = sample.codes
+        if mass:
+            made.mass[b, :count] = sample.mass
+    return made

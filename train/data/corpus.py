@@ -19,7 +19,7 @@ from train.traces.columns import TraceError
 from train.traces.trace import Trace, finished_traces, open_trace
 from train.traces.trace_info import TraceInfo
 
-_ALIKE = ("model", "rope", "csa_layers", "csa_ratio", "page_entries", "votes")
+_ALIKE = ("model", "weights", "rope", "csa_layers", "csa_ratio", "page_entries", "votes")
 _BY_LAYER = ("hidden", "keys", "key_scale")
 
 

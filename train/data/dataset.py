@@ -1,32 +1,33 @@
 """Traces in, batches out: deterministic, resumable within an epoch, the same on any process count.
 
-A global batch is a function of the corpus, the configurations and its number. Grain builds batches
-ahead on threads; what a process gets of each is a range of its rows.
+A global batch is a function of the corpus, the configurations and its number. Samples are drawn
+ahead, on threads or in worker processes; what a process gets of each batch is a range of its rows.
+Hidden states are added last, by the process that trains.
 """
 
 import concurrent.futures
 import dataclasses
-import threading
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from lsa_jax.config import ConfigError
 from lsa_jax.config_checks import number, refusal
-from train.data.batch import Batch, Row, assemble
+from train.data.batch import Batch, Drawn
 from train.data.corpus import Corpus
-from train.data.documents import DocumentCache
+from train.data.documents import Cache, load_hidden
 from train.data.labels import SamplingConfig
-from train.data.order import EpochOrder, SampleTable, epoch_order
+from train.data.maker import BatchMaker, OrderConfig, Orders, Recipe
+from train.data.order import SampleTable
 from train.data.sample_counts import SIZE_MULTIPLE, padded_sizes
-from train.data.sampling import draw_sample
+from train.data.workers import Ahead
 from train.traces.trace_info import digest
 
-__all__ = ["Batches", "Corpus", "DataConfig", "batches", "sample_table"]
+_READ = 0.25  # of a group's batches: until then the next group's documents are only read
 
-_OFFSETS = 1  # tells the stream of a sample's offset from that of its candidates
+__all__ = ["Batches", "Corpus", "DataConfig", "Demand", "batches", "sample_table"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,15 @@ class DataConfig:
 
     `train`, `validation` and `test` are trace sets; `target_layers` chooses some of the traces'.
     `batch_size` is the global one, `sample_interval` the distance of samples in tokens. Up to
-    `mixed_documents` documents are mixed at a time, so `cache_bytes`, a process's memory for
-    documents, should hold twice as many. Candidates are padded to one of `sizes` sizes: each is a
-    compiled step. `prefetch` batches are made ahead (0: none) by `threads` threads, and at least
-    one by each. `max_offset` adds 0 .. max_offset to a sample's position, at random.
-    `hard_negatives` is a file of `train.mine_hard`. Without `mass` targets have no attention mass,
-    for objectives that do not need it.
+    `mixed_documents` documents are mixed at a time. Their keys are on every device, which has up to
+    `pool_bytes` for keys, and the rest in the memory of each process: up to `cache_bytes` for
+    hidden states, and half as much for labels; all three should hold twice as many documents.
+    Candidates are padded to one of `sizes` sizes: each is a compiled step. Samples are drawn by
+    `workers` processes, each `prefetch` batches ahead, or with 0 by `threads` threads, `prefetch`
+    batches ahead (0: none) and at least one each; a run takes two more ahead, to the devices.
+    `max_offset` adds 0 .. max_offset to a sample's position, at random. `hard_negatives` is a file
+    of `train.mine_hard`. Without `mass` targets have no attention mass, for objectives that do not
+    need it.
     """
 
     train: tuple[str, ...] = ()
@@ -52,7 +56,9 @@ class DataConfig:
     mixed_documents: int = 32
     sizes: int = 8
     cache_bytes: int = 8 << 30
+    pool_bytes: int = 8 << 30
     prefetch: int = 2
+    workers: int = 0
     threads: int = 4
     max_offset: int = 0
     hard_negatives: str | None = None
@@ -61,7 +67,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         least = {"batch_size": 1, "sample_interval": 1, "mixed_documents": 1, "sizes": 1}
-        least |= {"cache_bytes": 0, "prefetch": 0, "threads": 1, "max_offset": 0, "seed": 0}
+        least |= {"cache_bytes": 0, "pool_bytes": 1, "prefetch": 0, "workers": 0, "threads": 1}
+        least |= {"max_offset": 0, "seed": 0}
         for name, bound in least.items():
             if number(f"data.{name}", getattr(self, name), int) < bound:
                 raise refusal(f"data.{name}", getattr(self, name), f">= {bound}")
@@ -93,8 +100,25 @@ def sample_table(corpus: Corpus, data: DataConfig, sampling: SamplingConfig) -> 
     return SampleTable(documents, np.concatenate([c.tokens for c in counts]), slots, sizes)
 
 
+class Demand(NamedTuple):
+    """Documents, int32: those of all rows of a batch, of its group, and of the next group.
+
+    `due` of the next group's, in their order, are to be on the devices by now; the others follow.
+    """
+
+    batch: np.ndarray
+    group: np.ndarray
+    following: np.ndarray
+    due: int
+
+
 class Batches:
-    """An iterator over this process's rows of every batch; see `batches`."""
+    """An iterator over this process's rows of every batch; see `batches`.
+
+    `demand` is that of the batch taken last; `make` draws the batch of any number.
+    """
+
+    demand: Demand
 
     def __init__(
         self,
@@ -105,33 +129,102 @@ class Batches:
         process: tuple[int, int],
         epochs: int,
     ) -> None:
-        self.data, self.sampling, self.epochs = data, sampling, epochs
-        self.table = sample_table(corpus, data, sampling)
-        self.steps_per_epoch = -(-len(self.table.tokens) // data.batch_size)
-        self.cache = DocumentCache(
-            corpus.traces,
-            data.cache_bytes,
-            target_layers=corpus.target_layers,
-            hard=corpus.hard,
-            mass=data.mass,
-        )
-        self._corpus = corpus
+        self.data, self.epochs = data, epochs
+        order = OrderConfig(data.batch_size, data.mixed_documents, data.seed)
+        self.orders = Orders(sample_table(corpus, data, sampling), order)
         rows = data.batch_size // process[1]
-        self._rows = slice(process[0] * rows, (process[0] + 1) * rows)
+        recipe = Recipe(
+            corpus.traces,
+            corpus.hard,
+            self.orders,
+            sampling,
+            slice(process[0] * rows, (process[0] + 1) * rows),
+            data.mass,
+            data.max_offset,
+            data.seed,
+            data.cache_bytes // 2 // max(1, data.workers),
+        )
+        self.make = BatchMaker(recipe)
+        traces, layers = corpus.traces, corpus.target_layers
+        self.hidden = Cache(lambda d: load_hidden(traces[d], layers), data.cache_bytes)
+        column = traces[0].columns["hidden"]
+        self._hidden_shape = (len(layers), column.shape[2])
+        self._hidden_dtype = column.numpy_dtype
+        tokens = np.array([trace.tokens for trace in traces], np.int64)
+        self._hidden_bytes = tokens * np.prod(self._hidden_shape) * column.numpy_dtype.itemsize
         self._order_digest = _order_digest(corpus, data, sampling)
-        self._orders: dict[int, EpochOrder] = {}
-        self._lock = threading.Lock()
-        self._ahead = concurrent.futures.ThreadPoolExecutor(1, "documents-ahead")
-        self._iterator: Any = None
-        self._begin(0)
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "hidden-ahead")
+        self._iterator: Ahead[Drawn] | None = None
+        self._group: tuple[int, int] | None = None
+        self._coming: np.ndarray | None = None
+        self._next = 0
+
+    @property
+    def table(self) -> SampleTable:
+        """All samples."""
+        return self.orders.table
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return self.orders.steps_per_epoch
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        if self._iterator is None:
+            data, steps = self.data, self.steps_per_epoch * self.epochs
+            options = {name: getattr(data, name) for name in ("workers", "threads", "prefetch")}
+            self._iterator = Ahead(self.make, self._next, steps, **options)
+        drawn = Drawn(*map(np.array, next(self._iterator)))  # out of shared memory
+        self.demand = self._demand()
+        self._read_ahead(self.demand)
+        batch = Batch(self.hidden_of(np.asarray(drawn.sample)), drawn)
         self._next += 1
         return batch
+
+    def hidden_of(self, sample: np.ndarray) -> np.ndarray:
+        """Hidden states [L, B, D] of samples; 0 where there is none. Rows of a batch lie together.
+
+        Samples of a document do too, mostly: so they are copied a stretch at a time.
+        """
+        hidden = np.zeros((len(sample), *self._hidden_shape), self._hidden_dtype)
+        # NumPy copies rows of its own types much faster.
+        kind = {2: np.uint16, 4: np.uint32}[hidden.itemsize]
+        out, documents = hidden.view(kind), sample[:, 0]
+        cuts = np.flatnonzero(np.diff(documents)) + 1
+        for first, end in itertools.pairwise([0, *cuts.tolist(), len(sample)]):
+            document = int(documents[first])
+            if document >= 0:
+                states, tokens = self.hidden[document].view(kind), sample[first:end, 1]
+                np.take(states, tokens, axis=0, out=out[first:end], mode="clip")  # else: a copy
+        return np.moveaxis(hidden, 0, 1)
+
+    def _demand(self) -> Demand:
+        """What the batch that is taken now takes and brings.
+
+        The next group's documents are due one after another, but not before some of this one's
+        batches are taken: they are read meanwhile. The same in all processes of a run.
+        """
+        epoch, step = divmod(self._next, self.steps_per_epoch)
+        order = self.orders[epoch]
+        samples = order.samples[step]
+        group, following, share = order.around(step)
+        if not len(following) and epoch + 1 < self.epochs:
+            following = self.orders[epoch + 1].groups[0].documents
+        due = int(len(following) * max(0.0, (share - _READ) / (1 - _READ)))
+        return Demand(np.unique(self.table.documents[samples[samples >= 0]]), group, following, due)
+
+    def _read_ahead(self, demand: Demand) -> None:
+        """Begins to read hidden states of the next group, where there is room for both groups'."""
+        if demand.following is self._coming:
+            return
+        self._coming = demand.following
+        sizes = self._hidden_bytes
+        if sizes[demand.group].sum() + sizes[demand.following].sum() <= self.data.cache_bytes:
+            for document in demand.following:
+                self._reader.submit(self.hidden.__getitem__, int(document))
 
     def get_state(self) -> dict[str, Any]:
         """Where the iterator is, for JSON: batches made ahead but not taken do not count."""
@@ -148,70 +241,18 @@ class Batches:
         steps = self.steps_per_epoch * self.epochs
         if not 0 <= number("next_step of the data's state", state["next_step"], int) <= steps:
             raise refusal("next_step of the data's state", state["next_step"], f"in 0..{steps}")
-        self._begin(state["next_step"])
+        self._stop()
+        self._next = state["next_step"]
 
-    def close(self) -> None:
-        """Ends the threads; the iterator is of no use afterwards."""
-        self._iterator.close()
-        self._ahead.shutdown(cancel_futures=True)
-
-    def order(self, epoch: int) -> EpochOrder:
-        """The batches of an epoch."""
-        with self._lock:
-            if epoch not in self._orders:
-                self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-                self._orders[epoch] = epoch_order(
-                    self.table,
-                    batch=self.data.batch_size,
-                    mixed_documents=self.data.mixed_documents,
-                    seed=self.data.seed,
-                    epoch=epoch,
-                )
-            return self._orders[epoch]
-
-    def _begin(self, step: int) -> None:
+    def _stop(self) -> None:
         if self._iterator is not None:
             self._iterator.close()
-        threads = self.data.threads if self.data.prefetch else 0
-        options = grain.ReadOptions(
-            num_threads=threads, prefetch_buffer_size=max(threads, self.data.prefetch)
-        )
-        steps = grain.MapDataset.range(step, self.steps_per_epoch * self.epochs)
-        self._iterator = iter(steps.map(self._build).to_iter_dataset(options))
-        self._next = step
+            self._iterator = None
 
-    def _build(self, step: int) -> Batch:
-        """This process's rows of a global batch."""
-        epoch, step = divmod(int(step), self.steps_per_epoch)
-        order = self.order(epoch)
-        self._load_ahead(order, step)
-        samples = order.samples[step, self._rows]
-        rows = [self._row(epoch, sample) for sample in samples[samples >= 0]]
-        return assemble(
-            rows,
-            size=len(samples),
-            candidates=int(order.candidates[step]),
-            like=rows[0].document if rows else self.cache[int(self.table.documents[0])],
-        )
-
-    def _row(self, epoch: int, sample: int) -> Row:
-        loaded = self.cache[int(self.table.documents[sample])]
-        token, doc = int(self.table.tokens[sample]), loaded.labels
-        offset = 0
-        if self.data.max_offset:
-            key = (epoch, doc.number, token, _OFFSETS)
-            rng = np.random.default_rng(np.random.SeedSequence(self.data.seed, spawn_key=key))
-            offset = int(rng.integers(self.data.max_offset + 1))
-        return Row(loaded, token, offset, draw_sample(doc, token, self.sampling, epoch=epoch))
-
-    def _load_ahead(self, order: EpochOrder, step: int) -> None:
-        """Begins to load the next group's documents, where there is room for both groups."""
-        group, following, due = order.ahead(step)
-        sizes = self._corpus.document_bytes
-        if sizes[group].sum() + sizes[following].sum() > self.data.cache_bytes:
-            return
-        for document in due:
-            self._ahead.submit(self.cache.__getitem__, int(document))
+    def close(self) -> None:
+        """Ends threads and processes; the iterator is of no use afterwards."""
+        self._stop()
+        self._reader.shutdown(cancel_futures=True)
 
 
 def _order_digest(corpus: Corpus, data: DataConfig, sampling: SamplingConfig) -> str:

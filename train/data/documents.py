@@ -1,88 +1,80 @@
-"""Documents in memory: what samples need of a trace, loaded once, the least recently used given up.
+"""What samples need of a trace, read when it is needed and kept while there is room.
 
-Heavy are the hidden states and keys, up to 100 MB a document each; a corpus of thousands does not
-fit, so that samples are drawn from few documents at a time (`train.data.dataset`).
+A document has three parts. Labels are light, and all that drawing samples takes. Hidden states are
+heavy; a step gets those of its tokens. Index keys are heaviest: the devices hold them, and the host
+only while they are on their way there (`train.run.key_pool`).
 """
 
 import concurrent.futures
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from train.data.labels import Document
 from train.traces.trace import Trace
+from train.traces.trace_info import Keys
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedDocument:
-    """A document of T tokens and N entries at L target layers."""
+class LabelledDocument:
+    """What samples of a document of T tokens are drawn from."""
 
     labels: Document
-    hidden: np.ndarray  # bfloat16 or float32 [T, L, D]
     positions: np.ndarray  # int32 [T]
-    keys: np.ndarray  # e4m3, bfloat16 or float32 [L, N, K]
-    scale: np.ndarray | None  # float32 [L, N], with e4m3 only
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        rows = (self.labels.votes, self.labels.mass)
-        parts = [self.hidden, self.positions, self.keys, self.labels.formed_at]
-        parts += [part for r in rows for part in (r.indices, r.values, r.pointers)]
-        return sum(part.nbytes for part in parts) + (0 if self.scale is None else self.scale.nbytes)
+        return self.labels.nbytes + self.positions.nbytes
 
 
-def load_document(
-    trace: Trace,
-    number: int,
-    target_layers: Sequence[int],
-    *,
-    hard: np.ndarray | None = None,
-    mass: bool = True,
-) -> LoadedDocument:
-    """A trace at some of its target layers, with its mass or not; keys are layer by layer."""
-    columns = np.array([trace.info.target_layers.index(layer) for layer in target_layers])
-    votes, formed_at = trace.votes(), trace.read("formed_at")
+def load_labels(
+    trace: Trace, number: int, *, hard: np.ndarray | None = None, mass: bool = True
+) -> LabelledDocument:
+    """A trace's votes and, if wanted, attention mass."""
     weights = trace.mass() if mass else None
-    hidden, keys = trace.read("hidden"), trace.keys()
-    if len(columns) < hidden.shape[1]:
-        hidden = hidden[:, columns]
-    return LoadedDocument(
-        Document(number, votes, formed_at, mass=weights, hard=hard),
-        hidden,
-        trace.read("positions"),
-        np.ascontiguousarray(np.moveaxis(keys.values, 1, 0)[columns]),
-        None if keys.scale is None else np.ascontiguousarray(keys.scale.T[columns]),
-    )
+    labels = Document(number, trace.votes(), trace.read("formed_at"), mass=weights, hard=hard)
+    return LabelledDocument(labels, trace.read("positions"))
 
 
-class DocumentCache:
-    """The documents of `traces` by number, of at most about `limit_bytes` together.
+def _columns(trace: Trace, target_layers: Sequence[int]) -> np.ndarray | slice:
+    """Where some of a trace's target layers are in its arrays."""
+    if tuple(target_layers) == trace.info.target_layers:
+        return slice(None)
+    return np.array([trace.info.target_layers.index(layer) for layer in target_layers])
 
-    Any thread may ask; a document that is being loaded is waited for, not loaded twice. Documents
-    in use are kept alive by their users: memory may exceed the limit by these.
+
+def load_hidden(trace: Trace, target_layers: Sequence[int]) -> np.ndarray:
+    """Hidden states [T, L, D] at some of a trace's target layers."""
+    return np.ascontiguousarray(trace.read("hidden")[:, _columns(trace, target_layers)])
+
+
+def load_keys(trace: Trace, target_layers: Sequence[int]) -> Keys:
+    """Index keys [N, L, K], with their scale [N, L] if any, at some of a trace's target layers."""
+    keys, columns = trace.keys(), _columns(trace, target_layers)
+    scale = None if keys.scale is None else np.ascontiguousarray(keys.scale[:, columns])
+    return Keys(np.ascontiguousarray(keys.values[:, columns]), scale)
+
+
+class Cache[T]:
+    """Parts of documents by their number, of at most about `limit_bytes` together.
+
+    Any thread may ask; a part that is being loaded is waited for, not loaded twice. The least
+    recently used are given up. Parts in use are kept alive by their users: memory may exceed the
+    limit by these.
     """
 
-    def __init__(
-        self,
-        traces: Sequence[Trace],
-        limit_bytes: int,
-        *,
-        target_layers: Sequence[int],
-        hard: Mapping[str, np.ndarray] | None = None,
-        mass: bool = True,
-    ) -> None:
-        """`hard` has hard negatives by trace name; `mass` is whether attention mass is wanted."""
-        self._traces, self._limit, self._mass = traces, limit_bytes, mass
-        self._target_layers, self._hard = tuple(target_layers), hard or {}
+    def __init__(self, load: Callable[[int], T], limit_bytes: int) -> None:
+        """`load` gives the part of a document, which must have `nbytes`."""
+        self._load, self._limit = load, limit_bytes
         self._lock = threading.Lock()
-        self._held: OrderedDict[int, concurrent.futures.Future[LoadedDocument]] = OrderedDict()
+        self._held: OrderedDict[int, concurrent.futures.Future[T]] = OrderedDict()
         self.held_bytes = self.loads = 0
 
-    def __getitem__(self, number: int) -> LoadedDocument:
+    def __getitem__(self, number: int) -> T:
         with self._lock:
             future = self._held.get(number)
             mine = future is None
@@ -90,14 +82,12 @@ class DocumentCache:
                 future = self._held[number] = concurrent.futures.Future()
             self._held.move_to_end(number)
         if mine:
-            self._load(number, future)
+            self._fill(number, future)
         return future.result()
 
-    def _load(self, number: int, future: "concurrent.futures.Future[LoadedDocument]") -> None:
-        trace = self._traces[number]
+    def _fill(self, number: int, future: "concurrent.futures.Future[T]") -> None:
         try:
-            hard = self._hard.get(trace.info.name)
-            document = load_document(trace, number, self._target_layers, hard=hard, mass=self._mass)
+            part = self._load(number)
         except BaseException as why:
             with self._lock:
                 del self._held[number]
@@ -105,10 +95,14 @@ class DocumentCache:
             return
         with self._lock:
             self.loads += 1
-            self.held_bytes += document.nbytes
+            self.held_bytes += _nbytes(part)
             for other in [n for n in self._held if n != number]:
                 if self.held_bytes <= self._limit:
                     break
                 if self._held[other].done():
-                    self.held_bytes -= self._held.pop(other).result().nbytes
-            future.set_result(document)
+                    self.held_bytes -= _nbytes(self._held.pop(other).result())
+            future.set_result(part)
+
+
+def _nbytes(part: object) -> int:
+    return part.nbytes  # pyright: ignore[reportAttributeAccessIssue]

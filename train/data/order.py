@@ -46,20 +46,15 @@ class EpochOrder:
     candidates: np.ndarray
     groups: tuple[Group, ...]
 
-    def ahead(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Documents of a batch's group, of the next group, and of these the ones due by now.
-
-        The next group's are spread over the batches of this one.
+    def around(self, step: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Documents of a batch's group, of the next group, and the share of the group's batches
+        that are done with this one.
         """
         at = bisect.bisect_right([group.first for group in self.groups], step) - 1
-        group = self.groups[at]
-        if at + 1 == len(self.groups):
-            return group.documents, group.documents[:0], group.documents[:0]
-        following = self.groups[at + 1]
-        count, total = len(following.documents), following.first - group.first
-        done = step - group.first
-        due = slice(done * count // total, (done + 1) * count // total)
-        return group.documents, following.documents, following.documents[due]
+        group, following = self.groups[at], self.groups[at + 1 : at + 2]
+        end = following[0].first if following else len(self.samples)
+        coming = following[0].documents if following else group.documents[:0]
+        return group.documents, coming, (step + 1 - group.first) / (end - group.first)
 
 
 def epoch_order(

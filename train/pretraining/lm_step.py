@@ -8,7 +8,7 @@ are float32; matrices are cast to the compute dtype at the start of the step.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ copied from the token before it, so its accuracy is what retrieval is judged by.
 class LmBatch(NamedTuple):
     """Token ids and what each but the first is as a target; negative kinds do not count."""
 
-    ids: Int[Array, "B S"]
-    kinds: Int[Array, "B S"]
+    ids: Any  # int32 [B, S]
+    kinds: Any  # int32 [B, S]
 
 
 class LmState(NamedTuple):
@@ -81,8 +81,10 @@ def compute_leaves(cfg: ModelConfig, params: Mapping[str, Array], dtype: str) ->
 def _cross_entropy(
     logits: Float[Array, "B T V"], ids: Int[Array, "B T"], kinds: Int[Array, "B T"]
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Mean cross entropy of answers and of the rest, and the accuracies."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids)
+    """Mean cross entropy of answers and of the rest; accuracies, and those of each row's FIRST
+    targets as counts [B]."""
+    hit = jnp.arange(logits.shape[-1]) == ids[..., None]  # a gather's gradient would be a scatter
+    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(hit, logits, 0), axis=-1)
     right = jnp.argmax(logits, axis=-1) == ids
 
     def mean(x: Array, where: Array) -> Array:
@@ -92,6 +94,8 @@ def _cross_entropy(
     shown = {"answer": answer, "rest": rest}
     shown["accuracy"] = mean(right, kinds >= ANSWER)
     shown["first_accuracy"] = mean(right, kinds == FIRST)
+    shown["first_right"] = jnp.sum(right & (kinds == FIRST), axis=-1)
+    shown["first_count"] = jnp.sum(kinds == FIRST, axis=-1)
     return answer, rest, shown
 
 
@@ -158,9 +162,11 @@ def step(
     optimizer: optax.GradientTransformation,
     state: LmState,
     batch: LmBatch,
+    rate: Float[Array, ""] | float,
     lesson: Lesson | None = None,
 ) -> tuple[LmState, dict[str, Array]]:
-    """One update. The new state is the old one, but for the count, where a gradient is not finite.
+    """One update, `rate` times the optimizer's, which is for a learning rate of 1: so one program
+    serves every schedule. Where a gradient is not finite only the count changes.
 
     Raises ConfigError where a kernel without a gradient was asked for.
     """
@@ -173,6 +179,7 @@ def step(
     grads, (shown, loads) = jax.grad(loss, has_aux=True)(state.params)
     norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda x: rate * x, updates)
     fixed = {
         path: balanced(leaf, loads[path], loss_cfg.bias_rate) if path in loads else leaf
         for path, leaf in state.fixed.items()

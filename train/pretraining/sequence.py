@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from lsa_jax.cache.state import LayerState, init_state
 from lsa_jax.config import CacheConfig, ComputeConfig, ConfigError, ModelConfig
 from lsa_jax.nn.layers import Leaves
-from lsa_jax.nn.moe import Moe, Routing
+from lsa_jax.nn.moe import Moe
 from lsa_jax.nn.transformer import Block, DeepSeekV4
 from lsa_jax.parameters import Table, parameter_table
 from train.pretraining import index_teacher
@@ -57,13 +57,16 @@ class Observed(NamedTuple):
 def _moe(moe: Moe, x: Float[Array, "B T D"], ids: Int[Array, "B T"]) -> tuple[Array, Array, Array]:
     """The layer's output, and the load and balance of its experts."""
     flat = x.reshape(-1, x.shape[-1])
-    routing: Routing = moe.gate(flat, ids.reshape(-1))
-    out = moe.experts.everywhere(flat, routing) + moe.shared_experts(flat)
-    affinity = jnp.sqrt(jax.nn.softplus(moe.gate.logits(flat)))
+    affinity = moe.gate.affinity(flat)
+    experts = moe.gate.choose(jax.lax.stop_gradient(affinity), ids.reshape(-1))
+    count = affinity.shape[1]
+    chosen = jnp.any(experts[..., None] == jnp.arange(count), axis=1)
+    picked = jnp.where(chosen, affinity, 0)
+    weight = picked / jnp.sum(picked, axis=-1, keepdims=True) * moe.gate.cfg.routed_scaling_factor
+    out = moe.experts.everywhere(flat, weight) + moe.shared_experts(flat)
     share = jnp.mean(affinity / jnp.sum(affinity, axis=-1, keepdims=True), axis=0)
-    count = jnp.zeros(share.shape, jnp.float32).at[routing.experts].add(1.0)
-    load = count / routing.experts.size
-    return out.astype(x.dtype).reshape(x.shape), load, len(share) * jnp.sum(load * share)
+    load = jnp.mean(chosen, axis=0, dtype=jnp.float32) / experts.shape[1]
+    return out.astype(x.dtype).reshape(x.shape), load, count * jnp.sum(load * share)
 
 
 def _block(

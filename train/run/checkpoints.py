@@ -1,19 +1,23 @@
 """A run's directory: its configuration, its checkpoints, and what any other program needs of them.
 
     RUN/config.json            the configuration, written first
-    RUN/checkpoints/STEP/      params, optimizer, progress, indexer_config: items of Orbax
+    RUN/checkpoints/STEP/      params, optimizer, progress, indexer_config, checksums: Orbax items
     RUN/metrics.jsonl          `train.run.progress`
     RUN/indexer.safetensors    the best indexer, written last
+    RUN/lock                   held by the process that trains (its first one, of several)
 
 A checkpoint gets its name when all of it is written; what a killed run leaves has another name, is
-never read, and is removed by the next one. It is the state after STEP steps.
+never read, and is removed by the next one. It is the state after STEP steps. Whatever is read of it
+is held against its checksums.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +32,8 @@ from lsa_jax.checkpoint.leaf import CheckpointError
 from lsa_jax.config_checks import number, table
 from lsa_jax.lsa import indexer_config
 from lsa_jax.lsa.indexer_config import IndexerConfig, leaf_shapes
-from train.run import config
+from train import tables
+from train.run import checksums, config
 from train.run.config import TrainConfig
 from train.run.optimizer import OptimizerConfig, TrainState, init_state
 from train.traces.trace_info import digest
@@ -36,8 +41,10 @@ from train.traces.trace_info import digest
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 INDEXER = "indexer.safetensors"
-SCHEMA = 1
+LOCK = "lock"
+SCHEMA = 2  # 1 had no checksums
 
+_UNFINISHED = "*.orbax-checkpoint-tmp*"  # what Orbax calls them
 _DELETED = "deleted"  # checkpoints leave under this name first: half of one is none
 
 
@@ -74,6 +81,33 @@ def config_digest(cfg: TrainConfig) -> str:
     return digest(config.trained_fields(cfg))
 
 
+@contextlib.contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """Makes a run's directory, if it is not there, and holds its lock, which dies with the process.
+
+    CheckpointError where another process has it, or the directory holds something else.
+    """
+    _check_own(run)
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wanted = "wait until it has ended, or choose another --out"
+            raise CheckpointError(f"{run} is being trained by another process: {wanted}") from None
+        yield
+
+
+def _check_own(run: Path) -> None:
+    """Refuses a directory that holds files but no run."""
+    if (run / CONFIG).exists() or not run.is_dir():
+        return
+    if any(path.name not in (LOCK, f"{CONFIG}.partial") for path in run.iterdir()):
+        raise CheckpointError(
+            f"{run} holds files, but no run with a {CONFIG}: choose another --out"
+        )
+
+
 def begin(run: Path, cfg: TrainConfig) -> None:
     """Makes a run's directory, or finds that it was begun with the same configuration.
 
@@ -81,21 +115,15 @@ def begin(run: Path, cfg: TrainConfig) -> None:
     directory holds something else. Without a checkpoint there is nothing yet to go on with.
     """
     file = run / CONFIG
+    _check_own(run)
     if file.exists() and finished_steps(run):
-        config.check_same(read_config(run), cfg, run)
-    elif (
-        not file.exists()
-        and run.is_dir()
-        and any(path.name != f"{CONFIG}.partial" for path in run.iterdir())
-    ):
-        raise CheckpointError(
-            f"{run} holds files, but no run with a {CONFIG}: choose another --out"
-        )
+        begun, now = (config.trained_fields(one) for one in (read_config(run), cfg))
+        tables.check_same(begun, now, run)
     run.mkdir(parents=True, exist_ok=True)
     if not finished_steps(run):  # an indexer whose checkpoints were deleted is none of this run's
         (run / INDEXER).unlink(missing_ok=True)
     partial = file.with_name(f"{CONFIG}.partial")
-    partial.write_text(json.dumps({"schema": SCHEMA, "config": config.to_json(cfg)}, indent=1))
+    partial.write_text(json.dumps({"schema": SCHEMA, "config": tables.to_json(cfg)}, indent=1))
     partial.rename(file)
 
 
@@ -106,7 +134,7 @@ def read_config(run: Path) -> TrainConfig:
         raw = table(CONFIG, json.loads(file.read_text("utf-8")))
         if raw.get("schema") != SCHEMA:
             raise CheckpointError(f"{file} must be of schema {SCHEMA}, got {raw.get('schema')!r}")
-        return config.from_table(raw["config"])
+        return tables.build(TrainConfig, raw["config"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{run} is no training run: it has no {CONFIG}") from None
     except (KeyError, ValueError) as why:
@@ -126,10 +154,11 @@ class Checkpoints:
         self._preserved = _Preserved(keep)
         self._root = (Path(run) / CHECKPOINTS).absolute()
         if jax.process_index() == 0:
-            shutil.rmtree(self._root / _DELETED, ignore_errors=True)
+            # Orbax would do so in a thread that nobody waits for, which an early end breaks off.
+            for left in (self._root / _DELETED, *self._root.glob(_UNFINISHED)):
+                shutil.rmtree(left, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preserved,
-            cleanup_tmp_directories=True,
             todelete_subdir=_DELETED,
             enable_async_checkpointing=True,
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
@@ -168,13 +197,16 @@ class Checkpoints:
         self._preserved.best = progress.best
         optimizer = state._asdict()
         params = optimizer.pop("params")
+        texts = {"progress": dataclasses.asdict(progress)}
+        texts["indexer_config"] = indexer_config.to_json(cfg)
+        sums = {"texts": digest(texts), **_sums(params=params, optimizer=optimizer)}
         self._manager.save(
             progress.step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 optimizer=ocp.args.PyTreeSave(optimizer),
-                progress=ocp.args.JsonSave(dataclasses.asdict(progress)),
-                indexer_config=ocp.args.JsonSave(indexer_config.to_json(cfg)),
+                checksums=ocp.args.JsonSave(sums),
+                **{name: ocp.args.JsonSave(text) for name, text in texts.items()},
             ),
         )
         if wait:
@@ -189,7 +221,7 @@ class Checkpoints:
         """
         step = self.latest
         assert step is not None
-        cfg, raw = _read_json(self._root, step)
+        cfg, raw, sums = _read_json(self._root, step)
         progress = Progress(**raw)
         self._preserved.best = progress.best
 
@@ -202,6 +234,8 @@ class Checkpoints:
         wanted = rest.pop("params")
         restore_args = ocp.checkpoint_utils.construct_restore_args(rest)
         try:
+            for item in ("params", "optimizer"):
+                checksums.check_readable(self._root / str(step) / item)
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -211,6 +245,8 @@ class Checkpoints:
             )
         except (ValueError, KeyError, OSError) as why:
             raise _unreadable(self._root / str(step), why) from why
+        read = _sums(params=found["params"], optimizer=found["optimizer"])
+        _check_sums(self._root / str(step), read, sums)
         return TrainState(params=found["params"], **found["optimizer"]), progress, cfg
 
 
@@ -219,16 +255,40 @@ def _unreadable(path: Path, why: BaseException) -> CheckpointError:
     return CheckpointError(f"{path} is damaged ({type(why).__name__}: {reason})")
 
 
-def _read_json(root: Path, step: int) -> tuple[IndexerConfig, dict[str, Any]]:
-    """A checkpoint's indexer configuration and progress; no array is read."""
+def _sums(**items: object) -> dict[str, checksums.Checksums]:
+    """Checksums of the leaves of some of a checkpoint's items."""
+    return {name: checksums.checksums(tree) for name, tree in items.items()}
+
+
+def _check_sums(
+    path: Path, read: Mapping[str, checksums.Checksums], stored: Mapping[str, Any]
+) -> None:
+    """CheckpointError naming each leaf of these items that is not what was saved."""
+    wrong = [
+        f"{item}/{leaf}"
+        for item, sums in read.items()
+        for leaf in checksums.damaged(sums, stored.get(item, {}))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} is damaged: other checksums than were saved of {', '.join(wrong)}"
+        )
+
+
+def _read_json(root: Path, step: int) -> tuple[IndexerConfig, dict[str, Any], dict[str, Any]]:
+    """A checkpoint's indexer configuration, progress and checksums; no array is read."""
     path = root / str(step)
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            names = ("progress", "indexer_config")
+            names = ("progress", "indexer_config", "checksums")
             items = {name: ocp.args.JsonRestore() for name in names}
             found = reader.restore(path, args=ocp.args.Composite(**items))
-        return indexer_config.from_json(found["indexer_config"]), found["progress"]
-    except (ValueError, KeyError, OSError) as why:
+        texts = {name: found[name] for name in names[:2]}
+        if digest(texts) != found["checksums"]["texts"]:
+            raise ValueError(f"{' and '.join(texts)} have another digest than was saved")
+        sums = table("checksums", found["checksums"])
+        return indexer_config.from_json(texts["indexer_config"]), texts["progress"], sums
+    except (ValueError, KeyError, TypeError, OSError) as why:
         raise _unreadable(path, why) from why
 
 
@@ -257,12 +317,14 @@ def load_params(
     if step is None:
         best = _read_json(root, chosen)[1]["best"]
         chosen = best if best in steps else chosen
-    cfg, _ = _read_json(root, chosen)
+    cfg, _, sums = _read_json(root, chosen)
     params = {n: np.zeros(s, np.float32) for n, s in leaf_shapes(cfg).items()}
     try:
+        checksums.check_readable(root / str(chosen) / "params")
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
             items = ocp.args.Composite(params=ocp.args.StandardRestore(params))
             found = reader.restore(root / str(chosen), args=items)["params"]
     except (ValueError, KeyError, OSError) as why:
         raise _unreadable(root / str(chosen), why) from why
+    _check_sums(root / str(chosen), _sums(params=found), sums)
     return cfg, {name: np.asarray(found[name]) for name in params}, chosen

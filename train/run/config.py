@@ -1,35 +1,28 @@
-"""The configuration of a training run: TOML tables that are frozen dataclasses, and overrides.
+"""The configuration of a training run, as `train.tables` reads it.
 
 Every table and field is optional and has its class's default. The authors' recipe, commented, is
 `configs/indexer.toml`.
 """
 
 import dataclasses
-import json
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
-from lsa_jax.config import ConfigError
-from lsa_jax.config_checks import number, refusal, shown, table
+from lsa_jax.config_checks import number, refusal
 from lsa_jax.lsa.indexer_config import Ensemble, QueryMode
+from train import tables
 from train.data.dataset import DataConfig
 from train.data.labels import SamplingConfig
 from train.run.losses import ObjectiveConfig
 from train.run.optimizer import OptimizerConfig
-
-# Beside the package, in a checkout and in site-packages alike.
-_PRESETS = Path(__file__).resolve().parents[2] / "configs"
 
 InitKind = Literal["random", "native", "indexer"]
 ComputeDtype = Literal["bfloat16", "float32"]
 ValidationPool = Literal["all", "evictable"]
 
 FREE_FIELDS = (
-    *("data.cache_bytes", "data.prefetch", "data.threads"),
+    *("data.cache_bytes", "data.pool_bytes", "data.prefetch", "data.threads", "data.workers"),
     *("run.checkpoint_every", "run.keep", "run.log_every"),
 )
 """Fields without influence on what is trained: a run may go on with others."""
@@ -64,8 +57,8 @@ class IndexerOptions:
 class InitConfig:
     """What training starts from: random weights, a checkpoint's native indexers, an indexer file.
 
-    `path` is a converted checkpoint for "native", a file that `lsa_jax.lsa.indexer_reader` knows
-    for "indexer", and empty for "random".
+    `path` is a converted checkpoint for "native", a file that `lsa_jax.lsa.indexer_reader` knows or
+    a run's directory for "indexer", and empty for "random".
     """
 
     kind: InitKind = "random"
@@ -134,132 +127,19 @@ class TrainConfig:
         if pages > 1 and pages != drawn:
             wanted = "1, or sampling.resident.page_entries with sampling.unit = 'page'"
             raise refusal("objective.page_entries", pages, wanted)
+        if self.indexer.ensemble == "learned" and not self.objective.on_ensemble:
+            wanted = "> 0, as indexer.ensemble is learned"
+            raise refusal("objective.on_ensemble", self.objective.on_ensemble, wanted)
 
 
 def load_train_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration of a TOML file, or of a preset in `configs/` by name, with overrides.
+    """The configuration of a TOML file, or `indexer`, the authors' recipe, with overrides.
 
-    An override is "table.field=value", the value as in TOML; text needs no quotes. Raises
-    ConfigError, in one line, for a file that cannot be read, an unknown field, or a bad value.
+    See `train.tables.load`, which raises ConfigError.
     """
-    path = _find(source)
-    try:
-        raw = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as why:
-        reason = " ".join(str(why).split())
-        raise ConfigError(f"config must be a readable TOML file ({reason}), got {path}") from None
-    for text in overrides:
-        _override(raw, text)
-    return from_table(raw)
-
-
-def _find(source: str | Path) -> Path:
-    if Path(source).is_file():
-        return Path(source)
-    preset = _PRESETS / f"{source}.toml"
-    if preset.parent != _PRESETS or not preset.is_file():
-        raise refusal("config", str(source), "a TOML file, or indexer for the authors' recipe")
-    return preset
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    """Sets one field in nested tables; the field's type decides how its value is read."""
-    name, equals, value = text.partition("=")
-    keys = name.strip().split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise refusal("--set", text, "table.field=value")
-    kind: Any = TrainConfig
-    for i, key in enumerate(keys):
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if key not in hints:
-            where = ".".join(keys[:i]) or "the configuration"
-            known = f"one of {', '.join(hints)}" if hints else "no further field"
-            raise refusal(f"--set {name.strip()}: field of {where}", key, known)
-        kind = hints[key]
-    if dataclasses.is_dataclass(kind):
-        raise refusal("--set", text, f"a field of the table {name.strip()}, not all of it")
-    for key in keys[:-1]:
-        raw = table(key, raw.setdefault(key, {}))
-    raw[keys[-1]] = _parse(name.strip(), value.strip(), kind)
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    """A TOML value, or text as it is where the field takes text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        takes_text = str in (kind, *get_args(kind)) or get_origin(kind) is Literal
-        if takes_text and text.isprintable():
-            return text
-        raise refusal(name, text, "a TOML value") from None
-
-
-def from_table(raw: Mapping[str, Any]) -> TrainConfig:
-    """The configuration of parsed TOML, or of `to_json`'s; raises ConfigError."""
-    return _build("", TrainConfig, raw)
-
-
-def _build(where: str, kind: Any, raw: object) -> Any:
-    """A dataclass of a table: types are checked here, values by the class itself."""
-    values = table(where or "the configuration", raw)
-    hints = get_type_hints(kind)
-    unknown = ", ".join(sorted(key for key in values if key not in hints))
-    if unknown:
-        wanted = f"one of {', '.join(hints)}"
-        raise refusal(f"field of {where or 'the configuration'}", unknown, wanted)
-    prefix = f"{where}." if where else ""
-    return kind(**{key: _value(prefix + key, hints[key], x) for key, x in values.items()})
-
-
-def _value(field: str, kind: Any, value: object) -> Any:
-    """A value of a field's type; none of an optional field is `false` in TOML, null in JSON."""
-    if dataclasses.is_dataclass(kind):
-        return _build(field, kind, value)
-    origin = get_origin(kind)
-    if origin in (types.UnionType, typing.Union):
-        if value is None or value is False:
-            return None
-        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
-        return _value(field, kind, value)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise refusal(field, value, "a list")
-        item = get_args(kind)[0]
-        return tuple(_value(f"{field}[{i}]", item, x) for i, x in enumerate(value))
-    if origin is Literal:
-        _check_word(field, value, kind)
-        return value
-    if kind in (int, float):
-        return number(field, value, kind)
-    if not isinstance(value, kind):
-        raise refusal(field, value, {bool: "true or false", str: "text"}[kind])
-    return value
-
-
-def to_json(cfg: TrainConfig) -> dict[str, Any]:
-    """A JSON object that `from_table` reads back to an equal configuration."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
-def _flat(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in raw.items():
-        inner = isinstance(value, Mapping)
-        out |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return out
+    return tables.load(TrainConfig, source, overrides, preset="indexer")
 
 
 def trained_fields(cfg: TrainConfig) -> dict[str, Any]:
     """The fields that decide what is trained, by dotted name."""
-    return {name: x for name, x in _flat(to_json(cfg)).items() if name not in FREE_FIELDS}
-
-
-def check_same(begun: TrainConfig, now: TrainConfig, where: Path) -> None:
-    """Refuses to go on with a run under another configuration, naming what differs."""
-    before, after = trained_fields(begun), trained_fields(now)
-    changed = [name for name in before if before[name] != after[name]]
-    if changed:
-        listed = "; ".join(
-            f"{name} = {shown(before[name])}, now {shown(after[name])}" for name in changed
-        )
-        raise ConfigError(f"{where} was begun with {listed}: choose another --out, or the same")
+    return tables.fields(cfg, without=FREE_FIELDS)

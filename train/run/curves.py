@@ -4,9 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 from train.run.progress import TRAIN, VALIDATION
+
+
+def formats() -> tuple[str, ...]:
+    """Suffixes of the files that a picture can be written to."""
+    return tuple(f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes()))
 
 
 def run_curves(lines: Sequence[Mapping[str, Any]], *, title: str, dpi: int = 150) -> Figure:

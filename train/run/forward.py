@@ -6,7 +6,7 @@ backward pass too; norm, rotation and the head sum are float32.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,8 +87,8 @@ def indexer_logits(
     leaves: Mapping[str, Array],
     hidden: Float[Array, "L B D"],
     positions: Int[Array, " B"],
-    keys: Float[Array, "L B C K"],
-    key_scale: Float[Array, "L B C"] | None,
+    keys: Sequence[Float[Array, "B C K"]] | Float[Array, "L B C K"],
+    key_scale: Sequence[Float[Array, "B C"]] | Float[Array, "L B C"] | None,
 ) -> Float[Array, "L B C"]:
     """Logits of all target layers by released leaf names.
 

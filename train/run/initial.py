@@ -1,6 +1,8 @@
 """What training starts from: random weights, the backbone's own indexers widened, or a file."""
 
 import dataclasses
+import math
+import os
 from pathlib import Path
 
 import jax
@@ -11,11 +13,13 @@ from lsa_jax.checkpoint import store
 from lsa_jax.config import ConfigError
 from lsa_jax.config_checks import refusal
 from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig, leaf_shapes
+from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_reader import read_indexer
 from lsa_jax.lsa.widening import widen
 from train.data.corpus import Corpus
+from train.run.checkpoints import CHECKPOINTS, load_params
 from train.run.config import TrainConfig
-from train.traces.trace_info import fingerprint, indexer_fields
+from train.traces.trace_info import fingerprint, indexer_fields, weights_digest
 
 Leaves = dict[str, np.ndarray]
 
@@ -46,18 +50,32 @@ def random_leaves(cfg: IndexerConfig, seed: int) -> Leaves:
     return leaves
 
 
+def _check_size(cfg: IndexerConfig) -> None:
+    """ConfigError where float32 leaves alone, of which training has several, exceed the memory."""
+    needed = 4 * sum(math.prod(shape) for shape in leaf_shapes(cfg).values())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        got = f"{cfg.n_heads} and {cfg.q_lora_rank}, {needed:,} bytes of parameters"
+        wanted = f"below this machine's {there:,} bytes of memory"
+        raise ConfigError(f"indexer.n_heads and q_lora_rank must be {wanted}, got {got}")
+
+
 def native_leaves(
     cfg: IndexerConfig, checkpoint: Path, corpus: Corpus, seed: int
 ) -> tuple[IndexerConfig, Leaves]:
     """The lightning indexers of a converted checkpoint, widened; only their leaves are read.
 
     The configuration's epsilon is the widened one. ConfigError where the traces are of another
-    model.
+    model, or of other weights.
     """
     model = model_io.read_config(checkpoint)
     traced = corpus.info.model
     if traced is not None and traced != fingerprint(model):
         raise ConfigError(f"init.path must be of the model of the traces, got {str(checkpoint)!r}")
+    known = corpus.info.weights
+    if known is not None and known != (got := weights_digest(checkpoint)):
+        wanted = f"of the weights of the traces, {known[:12]}.. (trace.json's weights)"
+        raise ConfigError(f"init.path must be {wanted}, got {str(checkpoint)!r} of {got[:12]}..")
     prefixes = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
     wanted = tuple(prefix + name for prefix in prefixes for name in _NATIVE)
     _, leaves = store.load_checkpoint(checkpoint, wanted=lambda path: path.startswith(wanted))
@@ -65,12 +83,20 @@ def native_leaves(
     return indexer.cfg, {name: np.asarray(leaf) for name, leaf in indexer.leaves().items()}
 
 
+def _read(path: Path) -> IndexerFile:
+    """An indexer file, or the best checkpoint of a run's directory."""
+    if not (path / CHECKPOINTS).is_dir():
+        return read_indexer(path)
+    config, leaves, _ = load_params(path)
+    return IndexerFile(config, leaves)
+
+
 def file_leaves(cfg: IndexerConfig, path: Path) -> tuple[IndexerConfig, Leaves]:
-    """An indexer file's weights, which must be of the shape, ensemble and RoPE asked for.
+    """The weights of an indexer file or a run, of the shape, ensemble and RoPE asked for.
 
     The norm's epsilon is the file's own: a widened indexer's is not its model's.
     """
-    file = read_indexer(path)
+    file = _read(path)
     deployed = {"norm_eps": file.config.norm_eps, "query_mode": file.config.query_mode}
     wanted = dataclasses.replace(cfg, **deployed)
     for field in dataclasses.fields(IndexerConfig):
@@ -84,6 +110,7 @@ def file_leaves(cfg: IndexerConfig, path: Path) -> tuple[IndexerConfig, Leaves]:
 def initial_indexer(cfg: TrainConfig, corpus: Corpus) -> tuple[IndexerConfig, Leaves]:
     """The configuration and float32 leaves, by released names, that a run begins with."""
     wanted = indexer_config(cfg, corpus)
+    _check_size(wanted)
     if cfg.init.kind == "native":
         return native_leaves(wanted, Path(cfg.init.path), corpus, cfg.run.seed)
     if cfg.init.kind == "indexer":

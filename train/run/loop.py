@@ -1,7 +1,8 @@
 """A training run, from wherever it stands to its end.
 
-The device computes a step while the host prepares the next one and reads the report of the one
-before. Whatever depends on a report is decided where all processes read the same one.
+The device computes a step while a thread takes and sends the batches of the next ones, and the loop
+reads the report of the one before. Whatever depends on a report is decided where all processes read
+the same one.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -27,20 +27,23 @@ from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.data.batch import Batch
 from train.data.corpus import Corpus
 from train.data.dataset import Batches
+from train.data.workers import Taker
 from train.quality import evaluation
 from train.quality.metrics import MetricsConfig, add_tallies
 from train.run import checkpoints
 from train.run.checkpoints import INDEXER, Checkpoints, Progress
 from train.run.config import TrainConfig
 from train.run.initial import initial_indexer
+from train.run.interrupts import NotedSignals
+from train.run.key_pool import KeyPool
 from train.run.progress import VALIDATION, MetricsLog, TensorBoard, Window
 from train.run.splits import open_batches
-from train.run.step import Report, Step, StepConfig, check_rows
+from train.run.step import Report, Step, StepConfig, Taken, check_rows, taken_from
+from train.run.validation import check_top
 
+AHEAD = 2  # batches that are on the devices before their steps
 Observer = Callable[[int, Batch], None]
 Shown = Callable[[int, float], None]
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +65,6 @@ class TrainingError(ConfigError):
     """A run that cannot go on; what it reached is saved."""
 
 
-class _Signals:
-    """Notes SIGINT and SIGTERM instead of ending the process; a second one ends it."""
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.caught = number
-        self.__exit__()
-
-
 def _step(cfg: TrainConfig, indexer: IndexerConfig, total: int, mesh: Mesh) -> Step:
     parts = {"objective": cfg.objective, "optimizer": cfg.optimizer, "total": total}
     run = cfg.run
@@ -98,10 +81,12 @@ class _Run:
         corpora: Mapping[str, Corpus],
         saved: Checkpoints,
         data: Batches,
+        pool: KeyPool,
         total: int,
         mesh: Mesh,
     ) -> None:
         self.cfg, self.saved, self.data, self.total = cfg, saved, data, total
+        self.pool = pool
         self.validation = corpora.get("validation")
         self.writers: list[MetricsLog | TensorBoard] = []
         self.skipped_in_a_row, self.asked_to_stop = 0, False
@@ -190,26 +175,36 @@ class _Run:
         self.flush()
         self.saved.save(self.state, self.progress, self.indexer, wait=wait)
 
-    def run(self, signals: _Signals, shown: Shown, observe: Observer | None) -> None:
+    def run(self, signals: NotedSignals, shown: Shown, observe: Observer | None) -> None:
         """Steps until the run has ended or is to stop; the last one's checkpoint is saved."""
         if not self.progress.step and self.validation is not None:
             self.validate()  # finds what is wrong with it now rather than in an hour
+        if self.ended:
+            return
+        with contextlib.closing(Taker(taken_from(self.data, self.step.mesh), ahead=AHEAD)) as taken:
+            self._steps(taken, signals, shown, observe)
+
+    def _steps(
+        self,
+        batches: Iterator[Taken],
+        signals: NotedSignals,
+        shown: Shown,
+        observe: Observer | None,
+    ) -> None:
         self.window.began = time.monotonic()
         pending: tuple[Any, float] | None = None
         while not self.ended:
             began = time.monotonic()
-            number, batch = self.progress.step + 1, next(self.data)
+            number, taken = self.progress.step + 1, next(batches)
             if observe is not None:
-                observe(number, batch)
-            inputs = self.step.place(batch)
+                observe(number, taken.batch)
+            self.pool.supply(taken.demand)
             waited = time.monotonic() - began
             stop = signals.caught is not None
-            self.state, packed = self.step(self.state, inputs, stop=stop)
+            self.state, packed = self.step(self.state, taken.placed, self.pool.planes, stop=stop)
             if pending is not None:
                 self._read(pending, number - 1, shown)
-            self.progress = dataclasses.replace(
-                self.progress, step=number, data=self.data.get_state()
-            )
+            self.progress = dataclasses.replace(self.progress, step=number, data=taken.state)
             pending = self._after(packed, waited, shown)
             if self._stopping:
                 return
@@ -219,10 +214,13 @@ class _Run:
         run = self.cfg.run
         validate = self.validation is not None and self.due(run.validate_every)
         save = validate or self._stopping or self.due(run.checkpoint_every)
-        if not save and not self.due(run.log_every):
+        last = self.skipped_in_a_row + 1 >= run.max_bad_steps  # allowed, should it be bad too
+        if not save and not last and not self.due(run.log_every):
             return packed, waited
         self._read((packed, waited), self.progress.step, shown)
         save |= self._stopping
+        if not save and not self.due(run.log_every):
+            return None
         self.flush()
         if validate:
             self.validate()
@@ -273,11 +271,12 @@ def _writers(run: Path, step: int, *, tensorboard: bool) -> Iterator[list[Any]]:
             writer.close()
 
 
-def _begin(cfg: TrainConfig, run: Path) -> Mesh:
-    """Makes or checks the run's directory, once; returns the mesh of all devices."""
+def _begin(cfg: TrainConfig, run: Path, held: contextlib.ExitStack) -> Mesh:
+    """Makes or checks the run's directory, once, and locks it; returns the mesh of all devices."""
     mesh = shardings.make_mesh(data=jax.device_count())
     check_rows(cfg.data.batch_size, mesh, cfg.optimizer.accumulate)
     if jax.process_index() == 0:
+        held.enter_context(checkpoints.exclusive(run))
         checkpoints.begin(run, cfg)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("begun")
@@ -309,26 +308,29 @@ def train(
       run: the run's directory.
       tensorboard: whether to write events beside the metrics.
       progress: makes, of the number of steps, something to call with (step, loss).
-      observe: is called with each step's number and batch before it goes to the devices.
+      observe: is called with each step's number and batch before the step.
 
     Returns how it ended. Raises ConfigError and CheckpointError for what does not fit, and
     TrainingError, the state saved, after too many steps in a row without finite gradients.
     """
-    mesh = _begin(cfg, run)
-    data, total = open_batches(cfg, corpora["train"])
-    with (
-        contextlib.closing(data),
-        Checkpoints(run, keep=cfg.run.keep) as saved,
-        _Signals() as signals,
-    ):
-        moving = _Run(cfg, corpora, saved, data, total, mesh)
-        writers = _writers(run, moving.progress.step, tensorboard=tensorboard)
-        with writers as moving.writers, progress(total) as shown:
-            moving.run(signals, shown, observe)
-    return _outcome(moving, run, signals)
+    check_top(cfg, corpora.get("validation"))
+    with contextlib.ExitStack() as held:
+        mesh = _begin(cfg, run, held)
+        data, total = open_batches(cfg, corpora["train"])
+        with (
+            contextlib.closing(data),
+            contextlib.closing(KeyPool(corpora["train"], cfg.data, data.table, mesh)) as pool,
+            Checkpoints(run, keep=cfg.run.keep) as saved,
+            NotedSignals() as signals,
+        ):
+            moving = _Run(cfg, corpora, saved, data, pool, total, mesh)
+            writers = _writers(run, moving.progress.step, tensorboard=tensorboard)
+            with writers as moving.writers, progress(total) as shown:
+                moving.run(signals, shown, observe)
+        return _outcome(moving, run, signals)
 
 
-def _outcome(moving: _Run, run: Path, signals: _Signals) -> Outcome:
+def _outcome(moving: _Run, run: Path, signals: NotedSignals) -> Outcome:
     """Finishes what ended by itself; says what stopped the others."""
     progress, row = moving.progress, moving.skipped_in_a_row
     skipped = int(moving.state.skipped)

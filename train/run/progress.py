@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lsa_jax.checkpoint.leaf import CheckpointError
 from lsa_jax.config import ConfigError
+from lsa_jax.config_checks import table
 from train.run.step import Report
 
 METRICS = "metrics.jsonl"
@@ -27,10 +29,23 @@ def require(option: str, module: str, extra: str) -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; one that was cut off at the end is left out."""
+    """The lines of a run's metrics; one that was cut off at the end is left out.
+
+    CheckpointError where another is not a line of metrics.
+    """
     file = Path(run) / METRICS
-    text = file.read_text("utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    raw = file.read_bytes() if file.exists() else b""
+    found = []
+    for number, line in enumerate(raw.split(b"\n")[:-1], 1):
+        try:
+            found.append(table("a line", json.loads(line)))
+            if not isinstance(found[-1]["kind"], str) or type(found[-1]["step"]) is not int:
+                raise ConfigError("must have its kind and step")
+        except (ValueError, KeyError, RecursionError) as why:  # JSON's, ConfigError, bad UTF-8
+            reason = " ".join(str(why).split())[:120]
+            what = f"line {number} is damaged ({reason}); without it the run can go on"
+            raise CheckpointError(f"{file}: {what}") from None
+    return found
 
 
 class MetricsLog:

@@ -65,11 +65,13 @@ def total_steps(cfg: TrainConfig, per_epoch: int) -> tuple[int, int]:
 
 
 def open_batches(cfg: TrainConfig, corpus: Corpus) -> tuple[Batches, int]:
-    """This process's batches, and the number of steps."""
+    """This process's batches, and the number of steps; with mass only where a loss needs it."""
     process = (jax.process_index(), jax.process_count())
-    first = batches(corpus, cfg.data, cfg.sampling, process=process, epochs=1)
+    needed = bool(cfg.objective.mass or cfg.objective.missed)
+    data = dataclasses.replace(cfg.data, mass=cfg.data.mass and needed)
+    first = batches(corpus, data, cfg.sampling, process=process, epochs=1)
     total, epochs = total_steps(cfg, first.steps_per_epoch)
     if epochs == 1:
         return first, total
     first.close()
-    return batches(corpus, cfg.data, cfg.sampling, process=process, epochs=epochs), total
+    return batches(corpus, data, cfg.sampling, process=process, epochs=epochs), total

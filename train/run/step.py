@@ -1,7 +1,9 @@
 """One training step: logits, losses and an update, on however many devices the batch is spread."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,26 +16,96 @@ from jaxtyping import Array, Float
 from lsa_jax.config_checks import refusal
 from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig
 from lsa_jax.shardings import batch_sharding
-from train.data.batch import Batch
+from train.data.batch import Batch, Drawn, Targets
+from train.data.dataset import Batches, Demand
 from train.run import losses, optimizer
 from train.run.forward import compute_leaves, indexer_logits, log_length_scale
-from train.run.losses import ObjectiveConfig, Targets
+from train.run.key_pool import KeyPlanes, gather
+from train.run.losses import ObjectiveConfig
 from train.run.optimizer import OptimizerConfig, Params, TrainState
 
 
 class Inputs(NamedTuple):
-    """What a step is computed from: a `train.data.batch.Batch` without what only the host needs."""
+    """What a step is computed from, beside the pool of keys."""
 
     hidden: Any  # [L, B, D]
-    positions: Any  # int32 [B]
-    entries: Any  # int32 [B]
-    keys: Any  # [L, B, C, K]
-    key_scale: Any  # float32 [L, B, C], or None
-    targets: Targets  # [B, C] each
+    drawn: Drawn
 
 
 # Where the samples are; all else is whole on every device.
-_AXES = Inputs(1, 0, 0, 1, 1, 0)  # pyright: ignore[reportArgumentType]
+_AXES = Inputs(1, Drawn(0, 0, 0, 0, 0))  # pyright: ignore[reportArgumentType]
+
+
+class _Part(NamedTuple):
+    """Where an array of `Packed` is in each row, and what it is there; `first` is of words."""
+
+    first: int
+    words: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["parts"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """`Inputs` as one array, as every transfer to a device has a price of its own: a row a sample.
+
+    `parts` are of the leaves in their order; what they are is static.
+    """
+
+    words: Any  # int32 [B, W]
+    parts: tuple[_Part, ...]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Packed":
+        """Copies the host's arrays, whose items are of 1, 2 or 4 bytes."""
+        rows = [np.moveaxis(x, axis, 0) for axis, x in _with_axes(inputs)]
+        parts, first = [], 0
+        for x in rows:
+            count = -(-math.prod(x.shape[1:]) * x.itemsize // 4)
+            parts.append(_Part(first, count, x.shape[1:], x.dtype))
+            first += count
+        words = np.empty((len(rows[0]), first), np.int32)
+        for x, part in zip(rows, parts, strict=True):
+            kind, count = np.dtype(f"u{x.itemsize}"), math.prod(part.shape)
+            room = words[:, part.first : part.first + part.words].view(kind)
+            # NumPy copies its own types much faster.
+            room[:, :count] = x.reshape(len(x), count).view(kind)
+        return cls(words, tuple(parts))
+
+    def unpacked(self) -> Inputs:
+        """The arrays again, on the device; exact."""
+
+        def take(axis: int, part: _Part) -> Array:
+            x = self.words[:, part.first : part.first + part.words]
+            x = jax.lax.bitcast_convert_type(x, part.dtype)
+            x = x.reshape(len(x), part.words * 4 // part.dtype.itemsize)
+            x = x[:, : math.prod(part.shape)].reshape(len(x), *part.shape)
+            return jnp.moveaxis(x, 0, axis)
+
+        axes, tree = jax.tree.flatten(_AXES)
+        return tree.unflatten(map(take, axes, self.parts))
+
+
+def _with_axes(inputs: Inputs) -> list[tuple[int, Any]]:
+    """The arrays, each with the axis that its samples are on."""
+    return list(zip(jax.tree.leaves(_AXES), jax.tree.leaves(inputs), strict=True))
+
+
+class Taken(NamedTuple):
+    """A batch on its way: on the host, on the devices, and how the data stood when it was taken."""
+
+    batch: Batch
+    demand: Demand
+    state: dict[str, Any]
+    placed: Packed
+
+
+def taken_from(data: Batches, mesh: Mesh) -> Iterator[Taken]:
+    """The batches, each placed on the devices when it is asked for."""
+    for batch in data:
+        placed = place(Inputs(batch.hidden, batch.drawn), mesh)
+        yield Taken(batch, data.demand, data.get_state(), placed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,16 +153,12 @@ class Report(NamedTuple):
     asked_to_stop: bool
 
 
-def place(batch: Batch | Inputs, mesh: Mesh) -> Inputs:
-    """A batch's rows spread over the mesh's axis "data"; each process gives its own rows."""
-    axis = batch_sharding(mesh).spec[0]
-
-    def put(dim: int, part: Any) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec(*[None] * dim, axis))
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), part)
-
-    whole = Inputs(*(getattr(batch, name) for name in Inputs._fields))
-    return jax.tree.map(put, _AXES, whole)
+def place(inputs: Inputs, mesh: Mesh) -> Packed:
+    """The rows spread over the mesh's axis "data"; each process gives its own rows."""
+    packed = Packed.of(inputs)
+    sharding = NamedSharding(mesh, PartitionSpec(*batch_sharding(mesh).spec[:1]))
+    words = jax.make_array_from_process_local_data(sharding, packed.words)
+    return dataclasses.replace(packed, words=words)
 
 
 def check_rows(rows: int, mesh: Mesh, accumulate: int) -> None:
@@ -108,10 +176,7 @@ def _parts(inputs: Inputs, count: int) -> Inputs:
         shape = (*x.shape[:dim], x.shape[dim] // count, count, *x.shape[dim + 1 :])
         return jnp.moveaxis(x.reshape(shape), dim + 1, 0)
 
-    def deal(dim: int, part: Any) -> Any:
-        return jax.tree.map(lambda x: split(dim, x), part)
-
-    return jax.tree.map(deal, _AXES, inputs)
+    return jax.tree.map(split, _AXES, inputs)
 
 
 def _count(name: str, targets: Targets, cfg: ObjectiveConfig) -> Float[Array, ""]:
@@ -150,30 +215,34 @@ def _weighted(
 
 
 def loss_of_part(
-    cfg: StepConfig, leaves: Params, inputs: Inputs, shares: Mapping[str, Array]
+    cfg: StepConfig,
+    leaves: Params,
+    inputs: Inputs,
+    planes: KeyPlanes,
+    shares: Mapping[str, Array],
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """The share of the batch's loss, and of its terms, that one part of the samples makes up."""
-    logits = indexer_logits(
-        cfg.indexer, leaves, inputs.hidden, inputs.positions, inputs.keys, inputs.key_scale
-    )
+    drawn = inputs.drawn
+    keys, scale = gather(planes, drawn.sample[:, 0], drawn.index)
+    logits = indexer_logits(cfg.indexer, leaves, inputs.hidden, drawn.positions, keys, scale)
     if cfg.log_n_reference:
-        logits *= log_length_scale(inputs.entries, cfg.log_n_reference)[:, None]
+        logits *= log_length_scale(drawn.entries, cfg.log_n_reference)[:, None]
     weight = leaves.get(ENSEMBLE_LEAF)
-    _, parts = losses.objective(logits, inputs.targets, cfg.objective, ensemble_weight=weight)
+    _, parts = losses.objective(logits, drawn.targets, cfg.objective, ensemble_weight=weight)
     return _weighted(parts, shares, cfg.objective)
 
 
 def gradients(
-    cfg: StepConfig, params: Params, inputs: Inputs
+    cfg: StepConfig, params: Params, inputs: Inputs, planes: KeyPlanes
 ) -> tuple[Float[Array, ""], dict[str, Array], Params]:
     """Loss, terms and float32 gradients of a batch, computed in `optimizer.accumulate` parts."""
     leaves = compute_leaves(params, cfg.compute_dtype)
     dealt = _parts(inputs, cfg.optimizer.accumulate)
-    shares = _shares(dealt.targets, cfg.objective)
+    shares = _shares(jax.vmap(lambda drawn: drawn.targets)(dealt.drawn), cfg.objective)
 
     def one(part: Inputs, share: dict[str, Array]) -> Any:
         f = jax.value_and_grad(loss_of_part, argnums=1, has_aux=True)
-        (loss, terms), found = f(cfg, leaves, part, share)
+        (loss, terms), found = f(cfg, leaves, part, planes, share)
         return loss, terms, jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
     if cfg.optimizer.accumulate == 1:
@@ -195,9 +264,9 @@ def _pack(tree: Any) -> Float[Array, " M"]:
 class Step:
     """The compiled step of one configuration; it takes the state over (donates it).
 
-    `__call__(state, inputs, stop)` returns the new state and a packed report for `report`. `stop`
-    is `request(flag)`: where any process passes True, all processes read so in the same report,
-    which is how they agree on the step to stop after.
+    `__call__(state, placed, planes, stop)` returns the new state and a packed report for `report`.
+    Where any process passes `stop`, all processes read so in the same report, which is how they
+    agree on the step to stop after.
     """
 
     def __init__(self, cfg: StepConfig, mesh: Mesh) -> None:
@@ -225,8 +294,10 @@ class Step:
             shapes |= {f"ensemble.{name}": () for name in names}
         return shapes
 
-    def _step(self, state: TrainState, inputs: Inputs, stop: Array) -> tuple[TrainState, Array]:
-        loss, terms, found = gradients(self.cfg, state.params, inputs)
+    def _step(
+        self, state: TrainState, placed: Packed, planes: KeyPlanes, stop: Array
+    ) -> tuple[TrainState, Array]:
+        loss, terms, found = gradients(self.cfg, state.params, placed.unpacked(), planes)
         state, applied = optimizer.apply(self.cfg.optimizer, self.rates, state, found, loss)
         counters = (state.skipped, state.skipped_in_a_row)
         ordered = [terms[name] for name in self._terms()]
@@ -244,15 +315,15 @@ class Step:
 
         return jax.jit(make, out_shardings=self.replicated)(own)
 
-    def place(self, batch: Batch | Inputs) -> Inputs:
-        """A batch of the host on the devices (see `place`)."""
-        return place(batch, self.mesh)
+    def place(self, inputs: Inputs) -> Packed:
+        """What the host has of a step, on the devices (see `place`)."""
+        return place(inputs, self.mesh)
 
     def __call__(
-        self, state: TrainState, inputs: Inputs, *, stop: bool = False
+        self, state: TrainState, placed: Packed, planes: KeyPlanes, *, stop: bool = False
     ) -> tuple[TrainState, Array]:
         """The state after a step, and its packed report; returns before it is computed."""
-        return self._run(state, inputs, self._requests[stop])
+        return self._run(state, placed, planes, self._requests[stop])
 
     def report(self, packed: Array) -> Report:
         """A step's report, waiting for it."""

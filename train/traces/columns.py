@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from lsa_jax.checkpoint.leaf import CheckpointError
+from train.traces.votes import SparseRows
 
 CHUNK_BYTES = 64 << 10
 SHARD_BYTES = 16 << 20
@@ -135,6 +136,30 @@ class ColumnWriter:
             store[self._written : self._written + count].write(rows[:count]).result()
         self._store, self._waiting = store, [rows[count:]]
         self._written += count
+
+
+class SparseWriter:
+    """Sparse rows as three growing arrays: columns, values, and where each row ends."""
+
+    def __init__(self, directory: Path, dtypes: Mapping[str, str]) -> None:
+        """`dtypes` of columns, values and ends, by the names of the arrays."""
+        self._columns = [ColumnWriter(directory / n, np.dtype(t), ()) for n, t in dtypes.items()]
+        self._columns[2].append(np.zeros(1, np.int64))
+        self._count = 0
+        self.last = -1  # the highest column
+
+    def append(self, rows: SparseRows) -> None:
+        """Adds rows."""
+        indices, values, pointers = self._columns
+        indices.append(rows.indices.astype(np.int32))
+        values.append(rows.values.astype(values.dtype))
+        pointers.append(rows.pointers[1:].astype(np.int64) + self._count)
+        self._count += len(rows.indices)
+        self.last = max(self.last, int(rows.indices.max(initial=-1)))
+
+    def close(self) -> dict[str, Column]:
+        """Completes the arrays."""
+        return {column.path.name: column.close() for column in self._columns}
 
 
 def open_column(path: Path, column: Column) -> ts.TensorStore:

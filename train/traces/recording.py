@@ -84,7 +84,8 @@ class Recorder:
     """Records documents with one model; compiled programs are shared by documents of like size.
 
     `stop` tokens end an answer and are not part of it. `backbone` is the model's configuration as
-    its checkpoint has it, where less was loaded. Raises ConfigError where `config` does not fit.
+    its checkpoint has it, where less was loaded, and `weights` that checkpoint's digest. Raises
+    ConfigError where `config` does not fit.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Recorder:
         max_burst: int = 64,
         mesh: Mesh | None = None,
         backbone: ModelConfig | None = None,
+        weights: str | None = None,
     ):
         check_record(model.cfg.layer_types.count("csa"), config)
         check_targets(model.cfg, config.targets)
@@ -105,11 +107,8 @@ class Recorder:
         self.engine = TappedEngine(
             model, cache, taps, prefill_chunk=prefill_chunk, max_burst=max_burst, mesh=mesh
         )
-        self.config, self.stop, self.fingerprint = (
-            config,
-            tuple(stop),
-            fingerprint(backbone or model.cfg),
-        )
+        self.config, self.stop = config, tuple(stop)
+        self.fingerprint, self.weights = fingerprint(backbone or model.cfg), weights
 
     def record(
         self,
@@ -173,6 +172,7 @@ class Recorder:
             prompt_tokens=len(document.prompt),
             rope=KeyRope.of_model(cfg),
             votes=self.config.votes,
+            weights=self.weights,
         )
 
     def _decode(

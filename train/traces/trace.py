@@ -27,11 +27,20 @@ import tensorstore as ts
 
 from lsa_jax.config import ConfigError
 from train.traces import columns
-from train.traces.columns import Column, ColumnWriter, TraceError
-from train.traces.trace_info import E4M3, PARTIAL, Keys, TraceInfo, digest, formation_steps
+from train.traces.columns import Column, ColumnWriter, SparseWriter, TraceError
+from train.traces.trace_info import (
+    E4M3,
+    PARTIAL,
+    Keys,
+    TraceInfo,
+    digest,
+    finite,
+    formation_steps,
+)
 from train.traces.votes import SparseRows
 
-SCHEMA = 1
+SCHEMA = 2
+_READ = (1, SCHEMA)  # 1 says nothing of the backbone's weights
 MANIFEST = "trace.json"
 VOTES = ("vote_indices", "vote_scores", "vote_pointers")
 MASS = ("mass_indices", "mass_values", "mass_pointers")
@@ -46,27 +55,6 @@ _DTYPES = {
     **dict(zip(MASS, (("int32",), ("float16",), ("int64",)), strict=True)),
     "golden_logits": ("float32",),
 }
-
-
-class _SparseWriter:
-    """Sparse rows as three growing arrays: columns, values, and where each row ends."""
-
-    def __init__(self, directory: Path, names: tuple[str, str, str]) -> None:
-        self._columns = [ColumnWriter(directory / n, np.dtype(_DTYPES[n][0]), ()) for n in names]
-        self._columns[2].append(np.zeros(1, np.int64))
-        self._count = 0
-        self.last = -1  # the highest column
-
-    def append(self, rows: SparseRows) -> None:
-        indices, values, pointers = self._columns
-        indices.append(rows.indices.astype(np.int32))
-        values.append(rows.values.astype(values.dtype))
-        pointers.append(rows.pointers[1:].astype(np.int64) + self._count)
-        self._count += len(rows.indices)
-        self.last = max(self.last, int(rows.indices.max(initial=-1)))
-
-    def close(self) -> dict[str, Column]:
-        return {column.path.name: column.close() for column in self._columns}
 
 
 class TraceWriter:
@@ -101,8 +89,9 @@ class TraceWriter:
         shape = (len(info.target_layers), hidden_size)
         self._hidden = ColumnWriter(self._partial / "hidden", hidden_dtype, shape)
         self._positions: list[np.ndarray] = []
-        self._votes = _SparseWriter(self._partial, VOTES)
-        self._mass = _SparseWriter(self._partial, MASS) if mass else None
+        self._votes = SparseWriter(self._partial, {n: _DTYPES[n][0] for n in VOTES})
+        weights = {n: _DTYPES[n][0] for n in MASS}
+        self._mass = SparseWriter(self._partial, weights) if mass else None
 
     def __enter__(self) -> Self:
         return self
@@ -137,6 +126,8 @@ class TraceWriter:
         if positions.ndim != 1 or any(n != len(positions) for n in given) or not len(positions):
             wanted = f"one row each for {positions.shape} positions"
             raise TraceError(f"hidden, votes and mass must have {wanted}, got {given}")
+        if not finite(np.asarray(hidden)):
+            raise TraceError(f"hidden must be finite, got NaN or infinity after {before[0]}")
         self._check_sparse("votes", votes, np.integer, 1, self.info.csa_layers)
         if mass is not None:
             self._check_sparse("mass", mass, np.floating, 0, float(np.finfo(np.float16).max))
@@ -265,15 +256,24 @@ class Trace:
         return columns.open_column(self.path / name, self.columns[name])
 
     def read(self, name: str, rows: slice | np.ndarray = np.s_[:]) -> np.ndarray:
-        """An array, or the rows of a slice or of some numbers, in their order."""
-        return columns.read(self.path / name, self.store(name), rows)
+        """An array, or the rows of a slice or of some numbers, in their order; checked for NaN
+        where it is of no use with them."""
+        found = columns.read(self.path / name, self.store(name), rows)
+        if name in ("hidden", "mass_values") and not finite(found):
+            raise TraceError(f"{self.path}: {name} must be finite, got NaN or infinity")
+        return found
 
     def keys(self, rows: slice | np.ndarray = np.s_[:]) -> Keys:
         """The index keys of all entries, or of some."""
-        values = self.read("keys", rows)
+        values, scale = self.read("keys", rows), None
         if "key_scale" in self.columns:
-            return Keys(values.view(E4M3), self.read("key_scale", rows))
-        return Keys(values, None)
+            values, scale = values.view(E4M3), self.read("key_scale", rows)
+        found = Keys(values, scale)
+        try:
+            found.check()
+        except TraceError as why:
+            raise TraceError(f"{self.path}: {why}") from None
+        return found
 
     def votes(self) -> SparseRows:
         """Golden sets by token, with votes."""
@@ -311,8 +311,8 @@ def open_trace(path: Path, *, verify: bool = True) -> Trace:
     try:
         raw = json.loads((path / MANIFEST).read_text("utf-8"))
         contents = {key: raw[key] for key in ("schema", "info", "columns")}
-        if contents["schema"] != SCHEMA:
-            raise TraceError(f"{path} must be of schema {SCHEMA}, got {contents['schema']!r}")
+        if contents["schema"] not in _READ:
+            raise TraceError(f"{path} must be of schema {_READ}, got {contents['schema']!r}")
         if raw["sha256"] != digest(contents):
             raise TraceError(f"{path}: {MANIFEST} is damaged: it has another digest than it says")
         info = TraceInfo.from_json(raw["info"])

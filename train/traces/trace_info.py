@@ -5,12 +5,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import ml_dtypes
 import numpy as np
 
 from lsa_jax import config_io
+from lsa_jax.checkpoint import manifest
 from lsa_jax.config import ModelConfig, YarnConfig
 from lsa_jax.config_checks import number, refusal
 from train.traces.columns import TraceError
@@ -62,9 +64,11 @@ class KeyRope:
 class TraceInfo:
     """What a trace is of.
 
-    `model` is the `fingerprint` of the backbone's configuration, None where it is not known.
-    `source` says where the document comes from, in words of its writer. The first `prompt_tokens`
-    tokens are not recorded. `dropped_labels` are votes for entries that the document does not have.
+    `model` is the `fingerprint` of the backbone's configuration and `weights` the `weights_digest`
+    of its checkpoint, None where they are not known: of imported documents, of models that came
+    from no checkpoint, and, for weights, of traces written before schema 2. `source` says where the
+    document comes from, in words of its writer. The first `prompt_tokens` tokens are not recorded.
+    `dropped_labels` are votes for entries that the document does not have.
     """
 
     name: str
@@ -78,6 +82,7 @@ class TraceInfo:
     rope: KeyRope
     votes: VoteConfig
     dropped_labels: int = 0
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or self.name.endswith(PARTIAL):
@@ -88,6 +93,9 @@ class TraceInfo:
         for field in ("prompt_tokens", "dropped_labels"):
             if number(f"trace.{field}", getattr(self, field), int) < 0:
                 raise refusal(f"trace.{field}", getattr(self, field), ">= 0")
+        for field in ("model", "weights"):
+            if not isinstance(getattr(self, field), str | None):
+                raise refusal(f"trace.{field}", getattr(self, field), "a digest, or null")
         if self.csa_layers > MAX_LAYERS:
             raise refusal("trace.csa_layers", self.csa_layers, f"<= {MAX_LAYERS}")
         targets = self.target_layers
@@ -131,13 +139,9 @@ class Keys:
 
     def check(self) -> None:
         """Raises TraceError where a key or scale is not finite, or a scale negative."""
-        if self.scale is None:
-            finite = np.isfinite(self.values).all()
-        else:
-            finite = np.all((self.values.view(np.uint8) & 0x7F) != 0x7F)  # the NaNs of e4m3
-            if not (np.isfinite(self.scale) & (self.scale >= 0)).all():
-                raise TraceError("key_scale must be finite and >= 0")
-        if not finite:
+        if self.scale is not None and not (np.isfinite(self.scale) & (self.scale >= 0)).all():
+            raise TraceError("key_scale must be finite and >= 0")
+        if not finite(self.values):
             raise TraceError("keys must be finite")
 
     @property
@@ -151,6 +155,15 @@ class Keys:
         return values if self.scale is None else values * self.scale[..., None]
 
 
+def finite(x: np.ndarray) -> bool:
+    """Whether e4m3, bfloat16, or other floats are all finite; by their bits, as that is faster."""
+    exponents = {1: (np.uint8, 0x7F), 2: (np.uint16, 0x7F80)}  # e4m3 has NaN alone
+    if x.dtype not in (E4M3, np.dtype(ml_dtypes.bfloat16)):
+        return bool(np.isfinite(x).all())
+    kind, mask = exponents[x.dtype.itemsize]
+    return bool(np.all((x.view(kind) & kind(mask)) != mask))
+
+
 def digest(value: object) -> str:
     """Digest of something that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -159,6 +172,19 @@ def digest(value: object) -> str:
 def fingerprint(model: ModelConfig) -> str:
     """Digest of a backbone's configuration: traces of equal ones can be mixed."""
     return digest(config_io.to_json(model))
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Digest of a converted checkpoint's parameters, from those in its manifest; no array is read.
+
+    Raises as `manifest.read` does.
+    """
+    found = manifest.read(checkpoint)
+    parts = {
+        path: [list(leaf.shape), leaf.dtype.name, found.chunks[path]]
+        for path, leaf in found.leaves.items()
+    }
+    return digest(parts)
 
 
 def formation_steps(positions: np.ndarray, entries: int, csa_ratio: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""The mini model's own parts: its vocabulary and tokenizer."""
