@@ -11,9 +11,12 @@ from lsa_jax.config import ConfigError, ModelConfig
 
 
 def shown(value: object) -> str:
-    """The repr of a value, cut to fit an error line."""
+    """The repr of a value, its middle left out where it is too long for an error line.
+
+    Both ends stay: what tells two paths apart is mostly at their end.
+    """
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 160 else f"{text[:77]}...{text[-80:]}"
 
 
 def refusal(field: str, got: object, wanted: str) -> ConfigError:

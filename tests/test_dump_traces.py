@@ -256,12 +256,15 @@ def test_a_bad_option_is_one_line(capsys, ckpt, stub, tmp_path, options, fault):
     assert not stub.seen and not (tmp_path / "set").exists()
 
 
-def test_a_place_that_cannot_become_a_trace_set_is_refused_first(capsys, ckpt, stub, tmp_path):
-    prompts = write(tmp_path / "p.jsonl", *PROMPTS)
-    code, _, err = call(capsys, ckpt, prompts, prompts / "set")
+def test_a_place_that_cannot_become_a_trace_set_is_refused_first(
+    capsys, ckpt, stub, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "p.jsonl", *PROMPTS)
+    code, _, err = call(capsys, ckpt, Path("p.jsonl"), Path("p.jsonl/set"))
     assert code == 2 and not stub.seen
-    wanted = f"a directory to write to, but {prompts} is none"
-    assert err == f"error: --out must be {wanted}, got '{prompts / 'set'}'\n"
+    wanted = f"a directory to write to, but {tmp_path / 'p.jsonl'} is none"
+    assert err == f"error: --out must be {wanted}, got 'p.jsonl/set'\n"
 
 
 def test_the_recorder_is_told_the_digest_of_the_weights(ckpt, tmp_path, monkeypatch):
