@@ -52,12 +52,12 @@ class Recall:
             self.plans.append(plan)
         self.indices = [tuple(map(jnp.asarray, plan)) for plan in self.plans]
 
-    def seconds(self, segments: tuple[jax.Array, ...], impl: str, repeats: int) -> float:
+    def seconds(self, segments: tuple[jax.Array, ...], backend: str, repeats: int) -> float:
         """Median time of a recall. Whole rounds of plans run, so the last round tells the bytes."""
 
         def run(i: int) -> jax.Array:
             src, dst = self.indices[i % PLANS]
-            self.pool = page_recall(self.pool, segments, src, dst, impl=impl)
+            self.pool = page_recall(self.pool, segments, src, dst, backend=backend)
             return self.pool
 
         out = median_seconds(run, -(-repeats // PLANS) * PLANS)
@@ -82,23 +82,23 @@ def measure_recall(shapes: Shapes, repeats: int) -> dict[str, Any]:
     for name, seconds in recall_peers(shapes, host, cold, repeats).items():
         result[name] = {"ms": round(seconds * 1e3, 3)}
         say(f"peer, {name}, {cold} pages: {result[name]}")
-    impl = "triton" if on_gpu() else "xla"
+    backend = "triton" if on_gpu() else "xla"
     layouts = {"1 GiB segments": SEGMENT_BYTES, "one segment": host.nbytes}
     for layout, nbytes in layouts.items():
         segments = in_segments(shapes, host, nbytes)
         for name, count in (("cold", cold), ("turnover", turnover)):
-            key = f"{name}, {impl}, {layout}"
+            key = f"{name}, {backend}, {layout}"
             recall = Recall(shapes, host, slots, count)
-            result[key] = _one_recall(recall, segments, impl, repeats, bandwidth)
+            result[key] = _one_recall(recall, segments, backend, repeats, bandwidth)
             say(f"{key}, {count} pages: {result[key]}")
         del segments
     return result
 
 
 def _one_recall(
-    recall: Recall, segments: tuple[jax.Array, ...], impl: str, repeats: int, bandwidth: float
+    recall: Recall, segments: tuple[jax.Array, ...], backend: str, repeats: int, bandwidth: float
 ) -> dict[str, Any]:
-    seconds = recall.seconds(segments, impl, repeats)
+    seconds = recall.seconds(segments, backend, repeats)
     return {
         "ms": round(seconds * 1e3, 3),
         "floor_ms": round(recall.nbytes / bandwidth * 1e3, 3),
@@ -122,7 +122,7 @@ def recall_peers(shapes: Shapes, host: np.ndarray, count: int, repeats: int) -> 
     def staged(i: int) -> jax.Array:
         nonlocal pool
         list(executor.map(functools.partial(gather, i % PLANS), range(0, count, chunk)))
-        pool = page_recall(pool, (jax.device_put(staging, device),), rows, rows, impl="xla")
+        pool = page_recall(pool, (jax.device_put(staging, device),), rows, rows, backend="xla")
         return pool
 
     with concurrent.futures.ThreadPoolExecutor(threads) as executor:

@@ -1,51 +1,94 @@
 """Which backend runs an operation: a named one runs or raises, no name means the best that can."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-XLA, MOSAIC_GPU = "xla", "mosaic_gpu"
-BACKENDS = (XLA, MOSAIC_GPU)
+XLA, MOSAIC_GPU, MOSAIC_TPU, TRITON = "xla", "mosaic_gpu", "mosaic_tpu", "triton"
+BACKENDS = (XLA, MOSAIC_GPU, MOSAIC_TPU, TRITON)
+HOPPER_NAMES = ("H100", "H200", "H800", "H20", "GH200")
 
 
 class Unsupported(Exception):
     """A backend declines a call; the message says why. Real bugs in a kernel are other errors."""
 
 
-def _is_hopper() -> bool:
-    device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+class Target(NamedTuple):
+    """The device that a program is traced for."""
+
+    platform: str  # "cpu", "gpu", "tpu"
+    kind: str  # as the vendor names it
+    capability: float  # CUDA compute capability; 0 elsewhere
+
+
+def target() -> Target:
+    """This process's device, or the abstract one of the mesh in use when compiling for another."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        hopper = any(name in abstract.device_kind for name in HOPPER_NAMES)
+        return Target(abstract.platform, abstract.device_kind, 9.0 if hopper else 0.0)
+    return target_of(jax.devices()[0])
+
+
+def target_of(device: Any) -> Target:
+    """What a device of this process is."""
+    capability = float(getattr(device, "compute_capability", 0)) if device.platform == "gpu" else 0
+    return Target(device.platform, device.device_kind, capability)
+
+
+def refusal(backend: str, at: Target | None = None) -> str | None:
+    """Why a device, by default the target, cannot run a backend's kernels; None where it can."""
+    if backend not in BACKENDS:
+        return f"backend must be one of {BACKENDS}, got {backend!r}"
+    at = at or target()
+    if backend == MOSAIC_GPU and at.capability != 9.0:
+        return f"{MOSAIC_GPU} needs a Hopper GPU, got {at.kind}"
+    if backend == MOSAIC_TPU and at.platform != "tpu":
+        return f"{MOSAIC_TPU} needs a TPU, got {at.kind}"
+    if backend == TRITON and at.capability < 8.0:
+        return f"{TRITON} needs a GPU of compute capability 8.0 or more, got {at.kind}"
+    if backend == TRITON and importlib.util.find_spec("jax_triton") is None:
+        return f"{TRITON} needs the package jax-triton"
+    return None
 
 
 def require(backend: str) -> None:
-    """Raises Unsupported unless this device can run the named backend."""
-    if backend not in BACKENDS:
-        raise Unsupported(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if backend == MOSAIC_GPU and not _is_hopper():
-        raise Unsupported(f"{MOSAIC_GPU} needs a Hopper GPU, got {jax.devices()[0].device_kind}")
+    """Raises Unsupported unless the target can run the named backend."""
+    why = refusal(backend)
+    if why:
+        raise Unsupported(why)
 
 
-def default_order() -> tuple[str, ...]:
-    """Backends to try on the current device, best first.
+def default_order(available: Collection[str]) -> tuple[str, ...]:
+    """Those of `available` that the target can run, best first.
 
     Kernels are per device: under a mesh of several devices the definition runs, which the compiler
     can partition.
     """
     single = jax.sharding.get_abstract_mesh().size in (0, 1)
-    return (MOSAIC_GPU, XLA) if _is_hopper() and single else (XLA,)
+    best = (MOSAIC_GPU, MOSAIC_TPU, TRITON, XLA) if single else (XLA,)
+    return tuple(name for name in best if name in available and refusal(name) is None)
 
 
 def run(
     implementations: Mapping[str, Callable[..., Any]],
     backend: str | None,
     *args: Any,
+    by_name: Collection[str] = (),
     **kwargs: Any,
 ) -> Any:
-    """Calls the named backend, or the first of `default_order` that takes the call."""
+    """Calls the named backend, or the first of `default_order` that takes the call.
+
+    Backends in `by_name` run only when they are named: kernels that are not yet known to be right,
+    or faster than the definition, on the hardware they are for.
+    """
     if backend is not None:
         require(backend)
-    order: Sequence[str] = (backend,) if backend else default_order()
+        if backend not in implementations:
+            raise Unsupported(f"this operation has {tuple(implementations)}, not {backend!r}")
+    order = (backend,) if backend else default_order(implementations.keys() - set(by_name))
     reasons = []
     for name in order:
         try:

@@ -12,6 +12,7 @@ from pallas_kernels.hc_mix import hc_mix
 from pallas_kernels.hc_mix import mosaic_gpu as hc_mosaic
 
 EPS = 1e-6
+HOPPER = dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 
 
 def hc_inputs(tokens: int, streams: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -92,25 +93,47 @@ def decline(why: str):
 
 
 def test_a_named_backend_never_falls_back(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "_is_hopper", lambda: True)
+    monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
     backends = {"xla": lambda: "definition", "mosaic_gpu": decline("too small")}
     with pytest.raises(dispatch.Unsupported, match="mosaic_gpu: too small"):
         dispatch.run(backends, "mosaic_gpu")
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
-    with pytest.raises(dispatch.Unsupported, match="got 'triton'"):
-        dispatch.run({"xla": lambda: "definition"}, "triton")
+    with pytest.raises(dispatch.Unsupported, match="got 'cuda'"):
+        dispatch.run({"xla": lambda: "definition"}, "cuda")
+
+
+def test_a_backend_that_an_operation_has_not_is_refused_by_name(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
+    with pytest.raises(dispatch.Unsupported, match=r"has \('xla',\), not 'mosaic_gpu'"):
+        dispatch.run({"xla": lambda: "definition"}, "mosaic_gpu")
+
+
+def test_a_kernel_that_has_not_proved_itself_runs_only_by_name(monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
+    backends = {"xla": lambda: "definition", "mosaic_gpu": lambda: "kernel"}
+    assert dispatch.run(backends, None) == "kernel"
+    assert dispatch.run(backends, None, by_name=("mosaic_gpu",)) == "definition"
+    assert dispatch.run(backends, "mosaic_gpu", by_name=("mosaic_gpu",)) == "kernel"
+
+
+def test_a_program_for_another_device_takes_that_devices_kernels() -> None:
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert dispatch.default_order(dispatch.BACKENDS) == ("mosaic_tpu", "xla")
 
 
 def test_without_a_name_the_next_backend_takes_what_one_declines(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "default_order", lambda: ("mosaic_gpu", "xla"))
+    monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
     backends = {"xla": lambda: "definition", "mosaic_gpu": decline("too small")}
     assert dispatch.run(backends, None) == "definition"
 
 
 def test_a_bug_in_a_kernel_is_not_a_reason_to_fall_back(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "default_order", lambda: ("mosaic_gpu", "xla"))
+    monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
 
     def broken() -> None:
         raise NotImplementedError("a primitive has no rule")
@@ -125,4 +148,4 @@ def test_a_backend_for_another_device_is_refused() -> None:
 
 
 def test_a_cpu_runs_the_definitions() -> None:
-    assert dispatch.default_order() == ("xla",)
+    assert dispatch.default_order(dispatch.BACKENDS) == ("xla",)

@@ -55,7 +55,7 @@ CASES = {
 def test_the_definition_copies_named_records_and_nothing_else(case: str) -> None:
     counts, src, dst = CASES[case]
     pool, segments = draw(0, 3, *counts)
-    got = page_recall(*arguments(pool, segments, src, dst), impl="xla")
+    got = page_recall(*arguments(pool, segments, src, dst), backend="xla")
     np.testing.assert_array_equal(got, in_numpy(pool, segments, src, dst))
 
 
@@ -117,13 +117,13 @@ def test_the_definition_declines_segments_in_host_memory() -> None:
 
 @pytest.mark.parametrize("impl", sorted(set(IMPLEMENTATIONS) - {"xla"}))
 def test_a_named_kernel_never_falls_back(impl: str) -> None:
-    with pytest.raises(Unsupported, match=f"{impl}: needs"):
-        page_recall(*arguments(*draw(6, 2, 4), [1], [3]), impl=impl)
+    with pytest.raises(Unsupported, match=f"{impl} needs"):
+        page_recall(*arguments(*draw(6, 2, 4), [1], [3]), backend=impl)
 
 
 def test_an_unknown_implementation_is_refused_by_name() -> None:
     with pytest.raises(Unsupported, match="got 'cuda'"):
-        page_recall(*arguments(*draw(7, 2, 4), [1], [3]), impl="cuda")
+        page_recall(*arguments(*draw(7, 2, 4), [1], [3]), backend="cuda")
 
 
 @pytest.mark.parametrize(

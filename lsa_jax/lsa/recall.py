@@ -48,4 +48,4 @@ class Recall:
         slab = np.zeros((size, *self.memory.record_shape), np.uint8)
         self.memory.read(np.asarray(copies.src)[:count], out=slab[:count])
         src = jnp.where(jnp.arange(size) < count, jnp.arange(size), -1).astype(jnp.int32)
-        return page_recall(records, (send(slab, self.mesh),), src, copies.dst[:size], impl="xla")
+        return page_recall(records, (send(slab, self.mesh),), src, copies.dst[:size], backend="xla")

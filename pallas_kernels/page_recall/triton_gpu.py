@@ -5,13 +5,8 @@ One launch per segment; a program copies one chunk of one record, and thousands 
 keep the bus busy. Byte offsets are 64-bit, since a segment may exceed 2^31 bytes.
 """
 
-import importlib.util
-from typing import Any
-
 import jax
 from jaxtyping import Array, Int, UInt8
-
-from pallas_kernels.dispatch import Unsupported
 
 CHUNK_BYTES = 16384  # 128 threads, eight 16-byte loads in flight each
 WARPS = 4
@@ -22,13 +17,6 @@ def chunk_bytes(record_bytes: int) -> int:
     return min(CHUNK_BYTES, 1 << (record_bytes.bit_length() - 1))
 
 
-def refusal(device: Any) -> str | None:
-    """Why the kernel cannot run on a device; None where it can."""
-    if importlib.util.find_spec("jax_triton") is None:
-        return "needs the package jax-triton"
-    return None if device.platform == "gpu" else f"needs a GPU, got {device.device_kind}"
-
-
 def page_recall(
     pool: UInt8[Array, "S R 128"],
     segments: tuple[UInt8[Array, "n R 128"], ...],
@@ -36,9 +24,6 @@ def page_recall(
     dst: Int[Array, " M"],
 ) -> UInt8[Array, "S R 128"]:
     """See the package's `page_recall`."""
-    why = refusal(jax.devices()[0])
-    if why:
-        raise Unsupported(why)
     # Imported here: the modules need a GPU build of jaxlib, which other machines do without.
     import jax_triton  # pyright: ignore[reportMissingImports]
 
