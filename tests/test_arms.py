@@ -20,6 +20,7 @@ from lsa_jax.lsa.session import LsaSession
 from tests import lsa_models
 from tests.lsa_models import CAPACITY, CONFIG, PAGE_ENTRIES, PAGE_TOKENS, TARGETS, Run
 
+OBSERVERS: tuple[Arm, ...] = ("lagged", "snapkv", "oracle")  # they look at what is attended
 UNTRAINED: tuple[Arm, ...] = ("recency", "random", "lagged", "quest", "snapkv", "oracle")
 LOOKAHEAD, LENGTH, STEPS = 4, 150, 14
 RECENT = 4  # entries: two pages
@@ -135,7 +136,7 @@ def ran(arm: Arm) -> tuple[Run, list[Event]]:
 
 
 @pytest.mark.parametrize(
-    "arm", [pytest.param(a, marks=[pytest.mark.slow] * (a == "lagged")) for a in UNTRAINED]
+    "arm", [pytest.param(a, marks=[pytest.mark.slow] * (a in OBSERVERS)) for a in UNTRAINED]
 )
 def test_every_arm_runs_and_has_the_same_pages_to_spend(arm: Arm) -> None:
     run, events = ran(arm)

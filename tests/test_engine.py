@@ -136,6 +136,7 @@ def test_rows_of_mixed_lengths_equal_the_rows_alone(engine):
         assert_close(row(state, b), row(alone, 0))
 
 
+@pytest.mark.slow
 def test_the_chunk_size_changes_no_logit_and_no_state(engine):
     text = prompt(61)
     start = engine.start(batch=1, capacity=CAPACITY)

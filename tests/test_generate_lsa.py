@@ -91,6 +91,7 @@ def run_json(run, tmp_path):
     return succeed
 
 
+@pytest.mark.slow
 def test_everything_resident_draws_what_full_attention_draws(run_json, root, tmp_path) -> None:
     length = ["--max-new-tokens", ROOM - 37, *SAMPLED]
     full, _ = run_json(*COMMON, *length)

@@ -23,6 +23,7 @@ from tests.host_store_model import (
 )
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_random_operations_leave_every_byte_as_in_a_dense_copy() -> None:
     walk = Walk(rows=45, seed=3)
     for i in range(100_000):

@@ -47,7 +47,8 @@ def fresh_only(of: LsaSession) -> None:
             assert layer.index_keys.values.shape[1] == batch.plan.fresh_pages
 
 
-@pytest.mark.parametrize("byte", [0x7E, pytest.param(0xFF, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("byte", [0x7E, 0xFF])
 def test_what_evicted_slots_hold_is_never_read(byte):
     """0x7E bytes are large numbers in every format, 0xFF bytes are NaN."""
     of, want = bounded(2), alone(bounded(2), prompt(45), STEPS)

@@ -126,6 +126,7 @@ def dtypes_of(leaves: Mapping[str, jax.Array]) -> set[str]:
     return {str(leaf.dtype) for leaf in leaves.values()}
 
 
+@pytest.mark.slow
 def test_fp8_linears_and_fp4_experts_give_the_logits_of_their_values():
     case = load_case("tiny")
     leaves = stored_leaves(case.cfg)

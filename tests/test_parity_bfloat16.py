@@ -30,7 +30,9 @@ def unchanged_tokens(layer: int, choice: str) -> np.ndarray:
     return (ours == exact).reshape(TOKENS, -1).all(axis=1)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", [pytest.param(i, marks=[pytest.mark.slow] * (i in (2, 4))) for i in LAYERS]
+)
 def test_every_tensor_of_a_layer_is_float32s_up_to_rounding(layer: int):
     ours, exact = tensors_of(layer, BFLOAT16), tensors_of(layer)
     same_set, same_experts = (unchanged_tokens(layer, c) for c in ("attended", "chosen experts"))
@@ -47,6 +49,7 @@ def test_every_tensor_of_a_layer_is_float32s_up_to_rounding(layer: int):
         assert error < ERROR, (name, error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["attended", "chosen experts"])
 def test_few_tokens_choose_otherwise(choice: str):
     kept = [unchanged_tokens(layer, choice).mean() for layer in LAYERS]

@@ -8,7 +8,8 @@ import pytest
 import store_cases as cases
 
 from lsa_jax.checkpoint import journal, layout
-from lsa_jax.checkpoint.leaf import CheckpointError
+from lsa_jax.checkpoint.leaf import CheckpointError, LeafInfo
+from lsa_jax.checkpoint.leaf_writer import write_leaf
 from lsa_jax.checkpoint.store import load_checkpoint
 from lsa_jax.checkpoint.writer import partial_path
 
@@ -105,6 +106,20 @@ def test_a_run_killed_before_its_rename_only_needs_the_rename(finished, tmp_path
         cases.write(dst, ARRAYS, identity={**cases.IDENTITY, "weights": "f32"})
     cases.write(dst, ARRAYS, read=killed_after(0))
     assert cases.content(dst) == cases.content(finished)
+
+
+def test_no_write_goes_on_after_an_error(tmp_path):
+    rows = np.arange(1 << 22, dtype=np.float32).reshape(4, -1)  # blocks that take a while to write
+
+    def read(_path: str, start: int, stop: int) -> np.ndarray:
+        if start:
+            raise Killed
+        return rows[start:stop]
+
+    with pytest.raises(Killed):
+        info = LeafInfo("big", rows.shape, rows.dtype)
+        write_leaf(tmp_path / "big", info, read, lambda _: None, rows[0].nbytes)
+    assert (tmp_path / "big/c/0/0").read_bytes() == rows[0].tobytes()
 
 
 @pytest.mark.parametrize("key", ["source", "weights"])

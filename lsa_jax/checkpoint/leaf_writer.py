@@ -1,5 +1,6 @@
 """Writes one leaf through TensorStore, chunk by chunk, and the digests of its files."""
 
+import collections
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,29 +27,38 @@ def write_leaf(
     """Creates the zarr3 array `directory`; it is on disk when this returns.
 
     One chunk is written while the next is read, so a few chunks are in memory at a time; `report`
-    is told the bytes of each chunk once written. Raises CheckpointError naming the leaf.
+    is told the bytes of each chunk once written. Raises CheckpointError naming the leaf; no write
+    goes on after an error.
     """
     chunk = layout.chunk_shape(info, chunk_bytes)
     array = _result(info, ts.open(layout.zarr_spec(directory, info, chunk)))
     # Digests of chunks come from memory, not from the disk: damage on the way there shows as well.
     digests = {"zarr.json": file_digest(directory / "zarr.json")}
-    waiting: tuple[ts.WriteFutures, int] | None = None
-    for first, second, block in _blocks(info, read, chunk):
-        begun = array[_region(first, second, block)].write(block)
-        digests[_chunk_file(first, second, chunk)] = _chunk_digest(block, chunk)
-        _finish(info, waiting, report)
-        waiting = (begun, block.nbytes)
-    _finish(info, waiting, report)
+    pending: collections.deque[tuple[ts.WriteFutures, int]] = collections.deque()
+    try:
+        for first, second, block in _blocks(info, read, chunk):
+            write = array[_region(first, second, block)].write(block)
+            pending.append((write, block.nbytes))
+            digests[_chunk_file(first, second, chunk)] = _chunk_digest(block, chunk)
+            if len(pending) > 1:
+                _finish(info, pending, report)
+        while pending:
+            _finish(info, pending, report)
+    finally:
+        for write, _ in pending:
+            write.exception()  # waits; what went wrong first is already on its way
     return digests
 
 
 def _finish(
-    info: LeafInfo, waiting: tuple[ts.WriteFutures, int] | None, report: Callable[[int], None]
+    info: LeafInfo,
+    pending: collections.deque[tuple[ts.WriteFutures, int]],
+    report: Callable[[int], None],
 ) -> None:
-    if waiting:
-        future, size = waiting
-        _result(info, future)
-        report(size)
+    """Waits for the oldest write."""
+    write, size = pending.popleft()
+    _result(info, write)
+    report(size)
 
 
 def _result(info: LeafInfo, future: Any) -> Any:
