@@ -57,6 +57,13 @@ def test_the_rate_rises_over_the_warmup_and_follows_each_stages_line():
     np.testing.assert_allclose(rates, [5e-4, 1e-3, 1e-3, 1e-3, 5e-4])
 
 
+def test_a_stages_window_is_the_models_unless_it_says_otherwise():
+    first, second = plan().stages
+    wide = dataclasses.replace(first, window=24)
+    assert second.model(MODEL).sliding_window == MODEL.sliding_window != 24
+    assert wide.model(MODEL) == dataclasses.replace(first.model(MODEL), sliding_window=24)
+
+
 def test_rows_and_taught_positions_are_functions_of_seed_and_step():
     cfg = plan()
     with feed.Feed(pretrain_rows.source, cfg, 0) as rows:
@@ -114,6 +121,7 @@ def test_a_bad_plan_names_the_field(change, message):
         ({"tokens": 1}, "stages.tokens must be >= 2, got 1"),
         ({"taught": 24}, "stages.taught must be below the stage's 24 tokens, got 24"),
         ({"rate": [1.0]}, "stages[0].rate must be a list of 2, got [1.0]"),
+        ({"window": -1}, "stages.window must be >= 0, got -1"),
         ({"rate": [1.0, -0.5]}, "stages.rate must be two factors from 0 on, got (1.0, -0.5)"),
     ],
 )

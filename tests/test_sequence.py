@@ -85,6 +85,31 @@ def test_initial_weights_fit_the_model_and_follow_from_the_seed():
     assert counts.max() - counts.min() <= CONFIG.num_experts_per_tok
 
 
+def test_entries_may_begin_as_averages_of_what_they_stand_for():
+    drawn, mean, slots = (
+        lm_init.initial_leaves(CONFIG, seed=0, entries=how)
+        for how in ("random", "average", "slots")
+    )
+    made = [path for path in drawn if path.endswith("attn.compressor.wkv.weight")]
+    assert {drawn[path].shape[0] // CONFIG.head_dim for path in made} == {1, 2}  # HCA, CSA
+    changed = {path for path in drawn if not np.array_equal(drawn[path], mean[path])}
+    assert changed == set(made)
+    for path in made:
+        attn = path.removesuffix("compressor.wkv.weight")
+        raw, ratio = mean[attn + "wkv.weight"], len(mean[attn + "compressor.ape"])
+        halves = mean[path].reshape(-1, *raw.shape)
+        assert (halves == raw).all() and (slots[path] == mean[path]).all()
+        bias = slots[attn + "compressor.ape"]
+        if len(halves) == 1:
+            assert not bias.any()
+            continue
+        # One token a channel, the window before as often as the window itself.
+        tokens = np.concatenate([bias[:, : len(raw)], bias[:, len(raw) :]])
+        assert (np.count_nonzero(tokens, axis=0) == 1).all()
+        counts = np.count_nonzero(tokens, axis=1)
+        assert len(counts) == 2 * ratio and np.ptp(counts) <= 1
+
+
 @pytest.mark.slow
 def test_training_computes_what_serves_through_top_k_windows_and_mtp():
     model, want = served()

@@ -7,6 +7,7 @@ Hash-routed tokens get experts at random, each expert as often as any other.
 """
 
 import zlib
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,12 @@ from lsa_jax.parameters import ParamSpec, parameter_table
 
 SCALE = 0.02
 DIAGONAL = 3.0
+SLOT_BIAS = 3.0
+_VALUES, _RAW, _BIAS = (
+    f"attn.{x}" for x in ("compressor.wkv.weight", "wkv.weight", "compressor.ape")
+)
+
+EntriesInit = Literal["random", "average", "slots"]
 
 
 def _hyper_base(cfg: ModelConfig, size: int, diagonal: float) -> np.ndarray:
@@ -50,9 +57,35 @@ def _leaf(
     return (scale * rng.standard_normal(spec.shape)).astype(np.float32)
 
 
+def _slots(shape: tuple[int, ...], dims: int) -> np.ndarray:
+    """Slot biases [ratio, width] of entries of `dims` channels. Each of the 2 * ratio tokens of an
+    overlapping window gets channels of its own, by which an entry tells them apart; others none."""
+    bias, (ratio, width) = np.zeros(shape, np.float32), shape
+    if width == 2 * dims:
+        channel = np.arange(dims)
+        slot = channel % (2 * ratio)
+        # The first half of the channels is read by the next entry, as its tokens 0 to ratio - 1.
+        bias[slot % ratio, np.where(slot < ratio, channel, dims + channel)] = SLOT_BIAS
+    return bias
+
+
 def initial_leaves(
-    cfg: ModelConfig, *, seed: int, scale: float = SCALE, diagonal: float = DIAGONAL
+    cfg: ModelConfig,
+    *,
+    seed: int,
+    scale: float = SCALE,
+    diagonal: float = DIAGONAL,
+    entries: EntriesInit = "random",
 ) -> dict[str, np.ndarray]:
-    """Every leaf by path: float32, hash tables int32. A leaf depends on the seed and its path."""
+    """Every leaf by path: float32, hash tables int32. A leaf depends on the seed and its path, and
+    attention's compressors on `entries` (`plan.RunConfig`)."""
     table = parameter_table(cfg)
-    return {path: _leaf(cfg, path, spec, seed, scale, diagonal) for path, spec in table.items()}
+    leaves = {path: _leaf(cfg, path, spec, seed, scale, diagonal) for path, spec in table.items()}
+    for path in [path for path in table if path.endswith(_VALUES) and entries != "random"]:
+        # What a layer learns to find in its window it then finds further back as well.
+        raw = leaves[path.replace(_VALUES, _RAW)]
+        leaves[path] = np.tile(raw, (leaves[path].shape[0] // raw.shape[0], 1))
+        if entries == "slots":
+            bias = path.replace(_VALUES, _BIAS)
+            leaves[bias] = _slots(leaves[bias].shape, len(raw))
+    return leaves

@@ -41,7 +41,12 @@ class Outcome:
 
 def initial_state(cfg: PretrainConfig, model: ModelConfig) -> LmState:
     """The state before the first step, on the host."""
-    leaves = lm_init.initial_leaves(model, seed=cfg.run.seed, scale=cfg.run.init_scale)
+    leaves = lm_init.initial_leaves(
+        model,
+        seed=cfg.run.seed,
+        scale=cfg.run.init_scale,
+        entries=cfg.run.init_entries,
+    )
     params = {path: jnp.asarray(x) for path, x in leaves.items() if not lm_step.is_fixed(path)}
     fixed = {path: jnp.asarray(x) for path, x in leaves.items() if lm_step.is_fixed(path)}
     return LmState(

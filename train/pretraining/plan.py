@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from lsa_jax.config import ModelConfig
 from lsa_jax.config_checks import number, refusal
+from train.pretraining.lm_init import EntriesInit
 from train.pretraining.lm_step import LossConfig
 
 FREE_FIELDS = ("run.checkpoint_every", "run.keep", "run.log_every", "run.workers")
@@ -20,9 +21,10 @@ class Stage:
     """A stretch of steps on sequences of one length.
 
     A CSA layer attends to the `top_k` entries that its lightning indexer picks; with 0 to all that
-    are visible, as before the indexer can pick. `taught` queries of each sequence teach it. The
-    learning rate goes linearly from `rate[0]` to `rate[1]` times the optimizer's. `rows` is for
-    whoever makes the sequences.
+    are visible, as before the indexer can pick. `taught` queries of each sequence teach it. With a
+    `window` its layers see that many raw entries instead of the model's: a wide one first, in which
+    copying is learned as in any transformer. The learning rate goes linearly from `rate[0]` to
+    `rate[1]` times the optimizer's. `rows` is for whoever makes the sequences.
     """
 
     tokens: int
@@ -30,11 +32,12 @@ class Stage:
     steps: int
     top_k: int = 0
     taught: int = 0
+    window: int = 0
     rate: tuple[float, float] = (1.0, 1.0)
     rows: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {"tokens": 2, "batch": 1, "steps": 1, "top_k": 0, "taught": 0}
+        least = {"tokens": 2, "batch": 1, "steps": 1, "top_k": 0, "taught": 0, "window": 0}
         for name, bound in least.items():
             if number(f"stages.{name}", getattr(self, name), int) < bound:
                 raise refusal(f"stages.{name}", getattr(self, name), f">= {bound}")
@@ -45,7 +48,8 @@ class Stage:
 
     def model(self, cfg: ModelConfig) -> ModelConfig:
         """The model as this stage runs it."""
-        return dataclasses.replace(cfg, index_topk=self.top_k or self.tokens)
+        window = self.window or cfg.sliding_window
+        return dataclasses.replace(cfg, index_topk=self.top_k or self.tokens, sliding_window=window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How a run goes: `workers` processes make sequences ahead (0: the run itself does)."""
+    """How a run goes: `workers` processes make sequences ahead (0: the run itself does).
+
+    `init_entries` says how compressors begin: "random"; "average", with the projection that makes
+    the layer's raw entries, so that an entry begins as an average of those it stands for; or
+    "slots", where besides each channel of an overlapping entry begins by preferring one token.
+    """
 
     seed: int = 0
     init_scale: float = 0.02
+    init_entries: EntriesInit = "random"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every: int = 500
     keep: int = 2
