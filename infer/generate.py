@@ -1,11 +1,14 @@
-"""Text from a DeepSeek-V4 checkpoint: `python -m infer.generate --ckpt DIR --prompt "..."`."""
+"""Text from a DeepSeek-V4 checkpoint: `python -m infer.generate --ckpt DIR --prompt "..."`.
+
+`python -m infer.generate --demo` is a command of its own (`infer.demo`).
+"""
 
 import io
 import sys
 
 import jax
 
-from infer import console, lsa_report, prompts, report
+from infer import console, demo, lsa_report, prompts, report
 from infer.lsa_options import Plan, make_plan
 from infer.lsa_session import LsaTurns
 from infer.options import Options, parse
@@ -83,7 +86,10 @@ def open_session(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    options = parse(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if "--demo" in given:
+        return demo.main(given)
+    options = parse(given)
     cli.show_log()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a model may write what the terminal cannot show
         sys.stdout.reconfigure(errors="replace")

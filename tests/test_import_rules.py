@@ -41,6 +41,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("lsa_jax.lsa", "lsa_jax.cache", "lsa_jax.nn", "lsa_jax.checkpoint", "lsa_jax.engine"),
         *("lsa_jax.sampling", "lsa_jax.compile_clock", "pallas_kernels", *TENSORS, *CONFIG),
     ),
+    "lsa_jax.planning": ("lsa_jax", "pallas_kernels"),
+    "lsa_jax.plan": ("lsa_jax",),
+    "lsa_jax.checks": ("lsa_jax", "pallas_kernels"),
+    "lsa_jax.selftest": ("lsa_jax", "pallas_kernels"),
     "lsa_jax.footprint": ("lsa_jax",),
     "lsa_jax.widen": ("lsa_jax",),
     "lsa_jax.sampling": ("lsa_jax",),
@@ -60,6 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "train.pretraining": ("train.pretraining", "train.tables", "train.run", "lsa_jax"),
     "train.tables": ("lsa_jax",),
+    "infer.demo": ("infer", "lsa_jax", "evals.suite", "evals.tasks", "evals.mini"),
     "train.backbone_command": ("train", "evals.mini", "evals.tasks", "lsa_jax"),
 }
 TRAIN_COMMANDS = (
@@ -84,7 +89,7 @@ COMMANDS = (
 )
 STDLIB_ONLY = (*CONFIG, "lsa_jax.parameters", "configs")  # readable without starting a backend
 ORACLE = ("torch", "transformers", "accelerate")
-MAY_IMPORT_ORACLE = ("evals.hf_peer", "evals.torch_train_peer")
+MAY_IMPORT_ORACLE = ("evals.hf_peer", "evals.torch_kernel_peers", "evals.torch_train_peer")
 
 
 def module_name(path: Path) -> str:

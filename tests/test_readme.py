@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = DOCUMENTS[0].read_text("utf-8")
 PACKAGES = ("lsa_jax", "pallas_kernels", "infer", "train", "evals")
-OPERATIONS = ("hc_mix", "grouped_matmul", "page_recall")
+OPERATIONS = sorted(file.parent.name for file in ROOT.glob("pallas_kernels/*/reference.py"))
 FOLDERS_AS_ONE_LINE = tuple(f"pallas_kernels/{name}/" for name in OPERATIONS)
 
 
@@ -38,6 +38,7 @@ def test_every_module_is_in_the_layout(package: str) -> None:
     paths = {p.relative_to(ROOT).as_posix() for p in modules if p.name != "__init__.py"}
     unnamed = paths - set(layout())
     assert {p for p in unnamed if not p.startswith(FOLDERS_AS_ONE_LINE)} == set()
+    assert len(OPERATIONS) > 3 and set(FOLDERS_AS_ONE_LINE) <= set(layout())
 
 
 def test_every_folder_of_code_is_in_the_layout() -> None:

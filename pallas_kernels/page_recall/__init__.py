@@ -8,12 +8,14 @@ import jax
 from jaxtyping import Array, Int, UInt8
 
 from pallas_kernels import dispatch
-from pallas_kernels.page_recall import reference, triton_gpu
+from pallas_kernels.page_recall import mosaic_tpu, reference, triton_gpu
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.XLA: reference.page_recall,
+    dispatch.MOSAIC_TPU: mosaic_tpu.page_recall,
     dispatch.TRITON: triton_gpu.page_recall,
 }
+UNMEASURED = (dispatch.MOSAIC_TPU,)  # runs only when named
 
 
 def reads_host_memory(device: Any) -> bool:
@@ -48,8 +50,8 @@ def page_recall(
 
     Host row ids count through the segments in order: segment 0 has the first n_0 of them. Slots
     must be distinct; an entry that names a row or a slot that does not exist copies nothing. The
-    GPU kernel reads segments in `pinned_host` memory in place; "xla" needs them on the device. The
-    pool is donated. A named backend runs or raises Unsupported.
+    kernels read segments in `pinned_host` memory in place; "xla" needs them on the device. The pool
+    is donated. A named backend runs or raises Unsupported.
     """
     _check(pool, segments, src, dst)
-    return dispatch.run(IMPLEMENTATIONS, backend, pool, segments, src, dst)
+    return dispatch.run(IMPLEMENTATIONS, backend, pool, segments, src, dst, by_name=UNMEASURED)

@@ -1,0 +1,125 @@
+"""The command line of `python -m evals.run`."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from evals.suite.cases import TASKS
+from evals.suite.variants import ARMS, LsaPolicy
+from infer import arguments
+from lsa_jax import cli
+from lsa_jax.config import KVFormat
+from lsa_jax.lsa.indexer_config import Ensemble
+
+DESCRIPTION = """\
+Asks a model questions about long texts, with each arm of attention at the same KV bytes on the
+device. Every haystack is prefilled once, for all arms and questions. Answers are appended to
+OUT/answers.jsonl as they come, and the same command goes on from there; then OUT/results.json and
+OUT/results.md are written. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
+
+KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
+
+
+SUITES = "mini (default): generated tasks; official: files of benchmarks that are given"
+
+
+def listed[T](convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Distinct values separated by commas, each as `convert` reads it."""
+
+    def read(text: str) -> tuple[T, ...]:
+        found = tuple(convert(part) for part in text.split(","))
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"must be distinct values, got {text!r}")
+        return found
+
+    return read
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """One of these names."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(names)}, got {text!r}")
+        return text
+
+    return read
+
+
+def budget(text: str) -> str:
+    """A budget as it is written, once it is known to be one."""
+    arguments.budget(text)
+    return text
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; bad ones end the process with one line and exit code 2."""
+    parser = cli.Parser(prog="python -m evals.run", description=DESCRIPTION, allow_abbrev=False)
+    add = parser.add_argument
+    add("--suite", choices=("mini", "official"), default="mini", help=SUITES)
+    add("--ckpt", type=Path, required=True, help="directory of the checkpoint")
+    add("--indexer", type=Path, metavar="FILE", help="memory indexer, for the arm lsa")
+    add("--out", type=Path, required=True, metavar="DIR", help="answers, tables, figures")
+    arms = listed(one_of(ARMS))
+    add("--arms", type=arms, default=("full", "lsa", "recency", "random"), help=", ".join(ARMS))
+    add("--kv-budget", type=listed(budget), default=("0.10",), help="one or more; default 0.10")
+    _add_questions(parser)
+    _add_files(parser)
+    _add_axes(parser)
+    _add_machine(parser)
+    return parser.parse_args(argv)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("files, for --suite official").add_argument
+    ends = {"ruler": ".jsonl, one of each task", "longbench": "data.json of LongBench-v2"}
+    ends |= {
+        "longmemeval": ".json; containment stands in for its judge",
+        "mrcr": ".parquet, .jsonl",
+    }
+    for name, help_ in ends.items():
+        add(f"--{name}", type=Path, nargs="+", default=(), metavar="FILE", help=help_)
+    help_ = "leave longer items out, which is said; default: refuse what the model has no room for"
+    add("--max-tokens", type=arguments.positive, help=help_)
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("questions, for --suite mini").add_argument
+    many = listed(arguments.positive)
+    add("--tasks", type=listed(str), default=TASKS, help=f"default: {', '.join(TASKS)}")
+    add("--lengths", type=many, default=(8192,), help="tokens, one or more; default 8192")
+    add("--seeds", type=arguments.positive, default=3, help="seeds 0, 1, ..; default 3")
+    help_ = "at least so many of each task, length and seed; default 40"
+    add("--questions", type=arguments.positive, default=40, help=help_)
+    help_ = "questions about one haystack, answered at a time; default 8"
+    add("--per-haystack", type=arguments.positive, default=8, help=help_)
+
+
+def _add_axes(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("settings of the arms (several: ablations)").add_argument
+    many = listed(arguments.positive_count)
+    add("--lookahead", type=many, default=(16,), help="steps between recalls; default 16")
+    add("--page-entries", type=many, default=(4,), help="default 4")
+    policies = listed(one_of(get_args(LsaPolicy)))
+    add("--policy", type=policies, default=("budget",), help="of lsa: budget (default), threshold")
+    help_ = "of lsa; default: as calibrated in the indexer's file, else 0.5"
+    add("--threshold", type=listed(arguments.inner), default=(None,), help=help_)
+    ensembles = listed(one_of(get_args(Ensemble)))
+    add("--ensemble", type=ensembles, default=(None,), help="of lsa; default: the indexer's own")
+    bounds = listed(arguments.bound)
+    add("--fallback", type=bounds, default=(None,), help="off (default) or missed mass; several")
+    help_ = "last entries that are always wanted; default 16"
+    add("--recency", type=arguments.count, default=16, help=help_)
+    add("--sink", type=arguments.count, default=0, help="first ones; default 0")
+    add("--target-layers", type=arguments.ordinals, help="default: the indexer's, else the model's")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add("--kv", choices=("auto", *KV_FORMATS), default="auto", help="default: as --dtype")
+    add("--prefill-chunk", type=arguments.positive, default=1024, help="tokens; default 1024")
+    add("--plot", action="store_true", help="figures too; needs matplotlib")
+    help_ = "Markdown whose generated block is replaced by the table"
+    add("--write-into", type=Path, metavar="FILE.md", help=help_)

@@ -1,0 +1,100 @@
+"""Answers on disk, one JSON line each, appended as they come: a run that was cut off goes on.
+
+A group is what one variant answered about one haystack. Its lines say how many they are, so that
+a group that is not whole is told apart, dropped, and answered anew.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.suite.cases import Cell
+from evals.suite.variants import Variant
+from lsa_jax.config import ConfigError
+
+NAME = "answers.jsonl"
+SETTINGS = "settings.json"
+
+Record = dict[str, Any]
+Key = tuple[Any, ...]
+
+
+def key_of(cell: Cell, variant: Variant) -> Key:
+    """What tells groups apart."""
+    return (*dataclasses.astuple(cell), *dataclasses.astuple(variant))
+
+
+def _key(record: Record) -> Key:
+    cell = Cell(**{f.name: record[f.name] for f in dataclasses.fields(Cell)})
+    return key_of(cell, Variant(**record["variant"]))
+
+
+def read(path: Path) -> list[Record]:
+    """The records of whole groups. What follows the last line end was being written: it is left
+    out. Raises ConfigError for any other line that is no record."""
+    if not path.exists():
+        return []
+    groups: dict[Key, list[Record]] = collections.defaultdict(list)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            groups[_key(record)].append(record)
+        except (ValueError, KeyError, TypeError) as why:
+            raise ConfigError(f"{path} line {number} must be a record of answers: {why}") from None
+    return [r for group in groups.values() if len(group) == group[0]["group"] for r in group]
+
+
+class Log:
+    """The records of a run's directory, which is made where it is not there yet.
+
+    `settings` are what all records depend on; a directory of other settings is refused with
+    ConfigError, which names the first that differs.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any]):
+        self.path = directory / NAME
+        directory.mkdir(parents=True, exist_ok=True)
+        _hold_to(directory / SETTINGS, settings)
+        self.records = read(self.path)
+        self._done = {_key(record) for record in self.records}
+        _replace(self.path, (json.dumps(record) for record in self.records))
+
+    def has(self, cell: Cell, variant: Variant) -> bool:
+        """Whether a group is there."""
+        return key_of(cell, variant) in self._done
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Adds a whole group, and has it on the disk before it returns."""
+        text = "".join(json.dumps({**r, "group": len(records)}) + "\n" for r in records)
+        with self.path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        for line in text.splitlines():
+            self.records.append(json.loads(line))
+        self._done.add(_key(self.records[-1]))
+
+
+def _hold_to(path: Path, settings: dict[str, Any]) -> None:
+    plain = json.loads(json.dumps(settings))
+    if not path.exists():
+        _replace(path, [json.dumps(plain, indent=1)])
+        return
+    before = json.loads(path.read_text("utf-8"))
+    for name in sorted(before.keys() | plain.keys()):
+        if before.get(name) != plain.get(name):
+            raise ConfigError(
+                f"{path.parent} has answers with {name} {before.get(name)!r}, "
+                f"got {plain.get(name)!r}: take another --out"
+            )
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text("".join(line + "\n" for line in lines), "utf-8")
+    partial.replace(path)

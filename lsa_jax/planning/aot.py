@@ -1,0 +1,113 @@
+"""Devices that are not here, as a compiler sees them.
+
+TPU programs need the package libtpu, CUDA programs JAX's CUDA plugin with its compilers; neither
+needs the hardware. What these compilers say of memory is what they say on the hardware.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from lsa_jax import shardings
+from lsa_jax.config import ConfigError
+from lsa_jax.planning.case import MeshShape
+from lsa_jax.planning.hardware import Device, Topology
+
+# libtpu asks Google's metadata server where it is and takes a lock that one process may hold; a
+# process that only compiles has no use for either. What the user has set stays.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+# What XLA must know of a Hopper GPU to compile for it; the H200 is an H100 with more memory.
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{kind}"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for, as a mesh, and how JAX names their platform."""
+
+    mesh: Mesh
+    platform: str
+
+    def compile(self, traced: Callable[[], Any]) -> Any:
+        """Compiles what `traced` traces, with this mesh in use."""
+        # Autotuning runs kernels, which needs a GPU.
+        options = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else None
+        with jax.set_mesh(self.mesh):
+            lowered = traced().lower(lowering_platforms=(self.platform,))
+            return lowered.compile(compiler_options=options)
+
+
+def make_target(topology: Topology, shape: MeshShape) -> Target:
+    """The devices of a topology, as a mesh of that shape.
+
+    ConfigError where the compiler for them is not installed, or refuses the topology's name.
+    """
+    device = topology.device
+    missing = _missing(device)
+    if missing:
+        raise ConfigError(f"topology {topology.name} needs {missing} to be compiled for")
+    try:
+        devices = _tpu(topology) if device.platform == "tpu" else _cuda(topology)
+    except jax.errors.JaxRuntimeError as why:
+        line = str(why).partition("\n")[0]
+        raise ConfigError(f"topology {topology.name} was refused by its compiler: {line}") from why
+    if len(devices) != topology.devices:
+        got = f"got {len(devices)}"
+        raise ConfigError(f"topology {topology.name} must have {topology.devices} devices, {got}")
+    grid = np.array(devices).reshape(shape)
+    mesh = Mesh(grid, shardings.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Target(mesh, device.platform)
+
+
+def has_compiler(device: Device) -> bool:
+    """Whether programs for such devices can be compiled here."""
+    return _missing(device) is None
+
+
+def _missing(device: Device) -> str | None:
+    """What is to be installed for a device's compiler; None where it is there."""
+    package, extra = ("libtpu", "tpu") if device.platform == "tpu" else ("jax_cuda13_plugin", "aot")
+    if importlib.util.find_spec(package) is not None:
+        return None
+    return f"the package {package.replace('_', '-')} (pip install 'lsa_jax[{extra}]')"
+
+
+def _tpu(topology: Topology) -> list[Any]:
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+
+
+def _cuda(topology: Topology) -> list[Any]:
+    device = topology.device
+    sizes = {"bandwidth": int(device.bandwidth), "memory": device.memory, "kind": device.kind}
+    described = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=_HOPPER.format(**sizes),
+        topology=f"1x1x{topology.devices}",
+    )
+    return described.devices

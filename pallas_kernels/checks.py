@@ -1,0 +1,85 @@
+"""Every backend that the present device can run, on an operation's small cases, against the
+definition on the CPU."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels import casebook, dispatch, timing
+
+RUNS = 3  # of each case: an error that moves is a race
+
+
+class Check(NamedTuple):
+    """One case on one backend."""
+
+    case: casebook.Case
+    backend: str
+    outcome: str  # "pass", "FAIL", "declined" (as the case says it must be)
+    error: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        told = f": {self.why}" if self.why else ""
+        return f"{self.outcome:8} {self.backend:10} {self.case}  error {self.error:.3g}{told}"
+
+
+def definition_device() -> Any:
+    """The CPU, which rounds as the definition says; else the default device."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return jax.devices()[0]
+
+
+def check(case: casebook.Case, backend: str, seed: int = 0) -> Check:
+    """Runs a case, and compares; a kernel must also be in the compiled program."""
+    try:
+        args, want = _definition(case, seed)
+        args = jax.device_put(args, jax.devices()[0])
+        runner = timing.Runner(case, backend, timing.Arguments([args]))
+    except dispatch.Unsupported as why:
+        known = backend in case.declined
+        return Check(case, backend, "declined" if known else "FAIL", 0.0, f"Unsupported: {why}")
+    except Exception as error:  # the next case is checked all the same
+        return Check(case, backend, "FAIL", float("nan"), _first_line(error))
+    if backend in case.declined:
+        return Check(case, backend, "FAIL", 0.0, "the case says that this backend declines it")
+    names = [call.name for call in runner.kernels]
+    if backend != dispatch.XLA and not any(case.kernel_name in name for name in names):
+        why = f"no kernel named {case.kernel_name} in the compiled program, which has {names}"
+        return Check(case, backend, "FAIL", 0.0, why)
+    worst = casebook.Comparison(True, 0.0)
+    try:
+        for _ in range(RUNS):
+            runner.restore()
+            got = case.view(args, runner(0))
+            result = casebook.compare(case.tolerance, jax.device_get(got), want)
+            worst = max(worst, result, key=lambda r: (not r.ok, r.error))
+    except Exception as error:  # an illegal address, say
+        return Check(case, backend, "FAIL", float("nan"), _first_line(error))
+    return Check(case, backend, "pass" if worst.ok else "FAIL", worst.error, worst.why)
+
+
+def _definition(case: casebook.Case, seed: int) -> tuple[tuple[Any, ...], Any]:
+    """Arguments, drawn there too since devices round random numbers differently, and the result."""
+    with jax.default_device(definition_device()):
+        args = case.arguments(jax.random.key(seed))
+        result = jax.jit(lambda *a: case.run(a, dispatch.XLA))(*args)
+        return jax.device_get((args, case.view(args, result)))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def checks(ops: Sequence[str], backends: Sequence[str], part: str = "") -> Iterator[Check]:
+    """The operations' cases whose line has `part`, on all backends (or these) that run here."""
+    for op in ops:
+        for backend in casebook.backends(op):
+            if (backends and backend not in backends) or dispatch.refusal(backend):
+                continue
+            for case in (c for c in casebook.correctness(op) if part in str(c)):
+                yield check(case, backend)

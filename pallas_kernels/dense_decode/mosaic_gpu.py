@@ -1,0 +1,167 @@
+"""Hopper kernel: tiles of contiguous entries by TMA, two warpgroups of tensor-core products.
+
+A block takes a contiguous share of one row's chunks of 64 keys: first those of the window, then the
+entries. One warpgroup issues the copies. The other two each compute all scores (a third more
+products than needed, which bandwidth hides).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import split_softmax as soft
+from pallas_kernels.dense_decode import mosaic_gpu_fp8 as fp8
+from pallas_kernels.dense_decode import mosaic_gpu_steps as steps
+from pallas_kernels.dense_decode.mosaic_gpu_steps import CHUNK, HALVES, LOG2E, Tuning
+from pallas_kernels.dispatch import Unsupported
+from pallas_kernels.rows import Fp8Rows, Rows
+
+FP8_SIZES = (512, 64, 64)  # dims, rotary dims and group that the fp8 kernel is written for
+
+
+def _require(q: Array, window: Array, rows: Rows, group: int) -> None:
+    (_, heads, dims), slots, entries = q.shape, window.shape[1], soft.lead(rows)[1]
+    if q.dtype != jnp.bfloat16 or not (isinstance(rows, Fp8Rows) or rows.dtype == jnp.bfloat16):
+        raise Unsupported("q must be bfloat16, rows bfloat16 or fp8")
+    if heads != soft.HEADS or dims % 128 or dims > 512:
+        raise Unsupported(f"needs 64 heads, dims of 128 times 1 to 4; got {heads}, {dims}")
+    if isinstance(rows, Fp8Rows) and (dims, rows.rope.shape[-1], group) != FP8_SIZES:
+        got = (dims, rows.rope.shape[-1], group)
+        raise Unsupported(f"fp8 rows must have (dims, rope, group) {FP8_SIZES}, got {got}")
+    if slots % CHUNK or entries % CHUNK or not slots or not entries:
+        raise Unsupported(f"needs multiples of {CHUNK}, got {slots} slots, {entries} entries")
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "group", "tuning", "interpret"))
+def dense_decode(
+    q: Float[Array, "B H c"],
+    window: Float[Array, "B W c"],
+    window_count: Int[Array, " B"],
+    rows: Rows,
+    count: Int[Array, " B"],
+    sink: Float[Array, " H"],
+    *,
+    scale: float,
+    group: int,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B H c"]:
+    """See the package's `dense_decode`. Jitted, so that all layers lower one kernel once."""
+    _require(q, window, rows, group)
+    (batch, heads, dims), entries = q.shape, soft.lead(rows)[1]
+    tuning = tuning or Tuning(splits=soft.default_splits(batch, heads, max(1, entries // 128)))
+    if isinstance(rows, Fp8Rows):
+        # In groups of 64, one of a scale each; the last holds the scales and no codes.
+        planes = (rows.nope.reshape(batch, entries, dims // 64, 64), rows.rope)
+        body, scratch = fp8.body, fp8.scratch(dims, tuning.stages)
+    else:
+        planes = (rows.reshape(batch, entries, dims),)
+        body, scratch = _body, _scratch(dims, tuning.stages)
+    sizes = {"scale": scale, "splits": tuning.splits, "stages": tuning.stages}
+    kernel = plgpu.kernel(
+        functools.partial(body, **sizes, interpret=interpret),
+        out_type=(
+            jax.ShapeDtypeStruct(
+                (batch, tuning.splits, heads, dims), tuning.parts if tuning.splits > 1 else q.dtype
+            ),
+            jax.ShapeDtypeStruct((batch, tuning.splits, 2, heads), jnp.float32),
+        ),
+        grid=(batch, tuning.splits),
+        grid_names=("row", "split"),
+        num_threads=HALVES + 1,
+        thread_name="warpgroup",
+        scratch_types=[
+            steps.tile((HALVES, heads, dims // HALVES)),
+            plgpu.SMEM((2, heads), jnp.float32),
+            plgpu.Barrier(num_arrivals=HALVES),
+            plgpu.Barrier(num_arrivals=HALVES),
+            *scratch,
+        ],
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+        kernel_name="dense_decode",
+    )
+    out, stats = kernel(q, window, window_count, count, sink, *planes)
+    if tuning.splits == 1:
+        return out[:, 0]
+    return soft.combine(soft.Part(stats[:, :, 0] / LOG2E, stats[:, :, 1], out), sink, q.dtype)
+
+
+def _scratch(dims: int, stages: int) -> list[Any]:
+    return [
+        steps.tile((stages, HALVES, CHUNK, dims // HALVES)),
+        plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=HALVES, num_barriers=stages),
+    ]
+
+
+def _body(
+    q: Any, window: Any, window_count: Any, count: Any, sink: Any, rows: Any, out: Any, stats: Any,
+    q_s: Any, stats_s: Any, q_ready: Any, both: Any, keys_s: Any, ready: Any, used: Any,
+    *, scale: float, splits: int, stages: int, interpret: bool,
+) -> None:  # fmt: skip
+    """All refs but the last seven are in global memory; `keys_s` is [stages, 2, 64, c / 2]."""
+    row, split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
+    worker = jax.lax.axis_index("warpgroup")
+    heads, half = q_s.shape[1:]
+    recent = jnp.minimum(window_count[row], window.shape[1])
+    mine = steps.share(recent, jnp.minimum(count[row], rows.shape[1]), split, splits)
+    columns = [pl.ds(i * half, half) for i in range(HALVES)]
+
+    @pl.when(worker == HALVES)
+    def _copies() -> None:
+        if not interpret:
+            plgpu.set_max_registers(40, action="decrease")
+        for i in range(HALVES):
+            plgpu.copy_gmem_to_smem(q.at[row, :, columns[i]], q_s.at[i], q_ready)
+
+        def chunk(i: Array, _: None) -> None:
+            stage = jax.lax.rem(i - mine.first, stages)
+
+            @pl.when(i - mine.first >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(used.at[stage])
+
+            def copy(source: Any, at: Array) -> None:
+                place = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
+                for j in range(HALVES):
+                    to = keys_s.at[stage, j]
+                    plgpu.copy_gmem_to_smem(source.at[row, place, columns[j]], to, ready.at[stage])
+
+            pl.when(i < mine.recent_chunks)(lambda: copy(window, i))
+            pl.when(i >= mine.recent_chunks)(lambda: copy(rows, i - mine.recent_chunks))
+
+        jax.lax.fori_loop(mine.first, mine.last, chunk, None)
+
+    @pl.when(worker < HALVES)
+    def _products() -> None:
+        if not interpret:
+            plgpu.set_max_registers(232, action="increase")
+        plgpu.barrier_wait(q_ready)
+
+        def chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, sums = carry
+            stage, limit = jax.lax.rem(i - mine.first, stages), mine.limit(i)
+            plgpu.barrier_wait(ready.at[stage])
+            scores = steps.scores(q_s, keys_s.at[stage], limit, scale, interpret)
+            weights, fade, top, total = steps.fold(scores, top, total)
+            keys = keys_s.at[stage, worker]
+            # What lies beyond the count may be NaN, which a weight of zero does not cancel. Scores
+            # read it too, in the other warpgroup as well, but only those that are not used.
+            pl.when(limit < CHUNK)(lambda: steps.clear(keys, limit))
+            sums = sums * steps.by_head(fade, sums.shape)
+            sums = steps.add_product(sums, weights, keys, interpret)
+            plgpu.barrier_arrive(used.at[stage])
+            return top, total, sums
+
+        start = steps.nothing(heads, half)
+        state = jax.lax.fori_loop(mine.first, mine.last, chunk, start)
+        places = out.at[row, split], stats.at[row, split]
+        steps.store(state, sink, *places, q_s, stats_s, both, splits == 1)

@@ -1,0 +1,391 @@
+"""The suite without a model: what is asked, what is kept, what is counted."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from evals.suite import tables
+from evals.suite.cases import TASKS, Cell, MiniGrid, cases, check_tasks, draw
+from evals.suite.measure import Measure, evidence_entries, recalled
+from evals.suite.records import Log, read
+from evals.suite.replies import Cycle, Reply
+from evals.suite.running import Machine, Progress, run
+from evals.suite.summary import FULL, summarise
+from evals.suite.variants import ARMS, Axes, Base, Variant
+from evals.tasks.question import score
+from lsa_jax.config import CacheConfig, ConfigError
+from lsa_jax.config_io import load_config
+from train.quality.intervals import RESAMPLES
+
+MINI = load_config("mini_model")
+BASE = Base(
+    cfg=MINI,
+    cache=CacheConfig(kv_format="fp8", page_entries=4),
+    targets=(3,),
+    recency=16,
+    sink=0,
+    window_bytes=2,
+)
+GRID = MiniGrid(tasks=("niah_single_2", "vt"), lengths=(640,), seeds=2, questions=5, each=3)
+LSA = Variant(arm="lsa", budget="0.5", lookahead=16, page_entries=4, policy="budget")
+RECENCY = Variant(arm="recency", budget="0.5", lookahead=16, page_entries=4)
+VARIANTS = (FULL, LSA, RECENCY)
+
+
+# What is compared
+
+
+def axes(**settings):
+    fields = {"arms": ARMS, "budgets": ("0.1", "0.2"), "lookaheads": (16,), "page_entries": (4,)}
+    return Axes(**fields | settings)
+
+
+def test_only_what_changes_an_arm_makes_variants_of_it():
+    found = axes(
+        policies=("budget", "threshold"), thresholds=(0.3, 0.6), ensembles=("max", "mean")
+    ).variants()
+    count = {arm: sum(variant.arm == arm for variant in found) for arm in ARMS}
+    assert count["full"] == count["no_csa"] == 1
+    assert count["recency"] == count["oracle"] == 2  # the budgets
+    assert count["lsa"] == 2 * 2 * 2 + 2 * 2  # the policy threshold has no budget
+    free = [variant for variant in found if variant.policy == "threshold"]
+    assert {variant.budget for variant in free} == {None} and len(found) == len(set(found))
+
+
+def test_a_budget_below_the_floor_is_refused_with_the_floor():
+    enough = axes(arms=("lsa", "recency")).variants()
+    BASE.check(enough, [8192, 16384])
+    with pytest.raises(ConfigError, match=r"kv_budget must be at least the floor of \d+ bytes"):
+        BASE.check(axes(arms=("full", "recency"), budgets=("0.02",)).variants(), [8192])
+    BASE.check(axes(arms=("full", "no_csa"), budgets=("0.02",)).variants(), [8192])
+
+
+def test_an_arm_that_is_none_is_refused_by_name():
+    with pytest.raises(ConfigError, match="arms must be among full"):
+        Variant(arm="fulll")  # pyright: ignore[reportArgumentType]
+
+
+# What is asked
+
+
+def test_a_longer_run_begins_with_the_questions_of_a_shorter_one():
+    short = list(cases("vt", 640, 1, total=4, each=3))
+    long = list(cases("vt", 640, 1, total=9, each=3))
+    assert sum(len(case.questions) for case in short) >= 4
+    assert len(long) > len(short)
+    for a, b in zip(short, long, strict=False):
+        assert a.cell == b.cell and a.haystack == b.haystack
+        assert [q.answer.tolist() for q in a.questions] == [q.answer.tolist() for q in b.questions]
+    assert len({case.haystack for case in long}) == len(long)
+
+
+@pytest.mark.parametrize("field", ["seed", "length", "task", "haystack"])
+def test_every_cell_has_a_text_of_its_own(field):
+    at = Cell(task="vt", length=640, seed=0, haystack=0)
+    other = dataclasses.replace(at, **{field: {"length": 641, "task": "fwe"}.get(field, 1)})
+    assert draw(at, 2).haystack != draw(other, 2).haystack
+    assert draw(at, 2).haystack == draw(at, 2).haystack
+
+
+def test_a_model_that_does_not_know_the_vocabulary_is_refused():
+    small = dataclasses.replace(MINI, vocab_size=2047)
+    with pytest.raises(ConfigError, match=r"vocab_size must be at least the 2048 ids"):
+        check_tasks(small, TASKS, [8192])
+    with pytest.raises(ConfigError, match="lengths must be at most 131072"):
+        check_tasks(MINI, TASKS, [131072])
+    with pytest.raises(ConfigError, match="tasks must be one of"):
+        check_tasks(MINI, ["niah"], [8192])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_planted_answers_score_one_and_others_do_not(task):
+    case = draw(Cell(task=task, length=1024, seed=0, haystack=0), 4)
+    right = [question.answer.tolist() for question in case.questions]
+    assert [score(q, answer) for q, answer in zip(case.questions, right, strict=True)] == [
+        1.0
+    ] * len(right)
+    # The answer to nothing: EOS at once, and the question said again.
+    assert [score(q, [1]) for q in case.questions] == [0.0] * len(right)
+    assert all(len(answer) < new for answer, new in zip(right, case.new_tokens, strict=True))
+
+
+# What is counted
+
+
+def test_evidence_is_counted_by_the_entries_whose_own_tokens_it_is():
+    (question, *_) = draw(Cell(task="niah_single_2", length=640, seed=0, haystack=0), 1).questions
+    question = dataclasses.replace(question, evidence=((7, 9), (11, 12), (40, 48)))
+    entries = evidence_entries(question, ratio=4)
+    assert entries.tolist() == [1, 2, 10, 11]
+    one = Cycle(complete=6, pages=(0,), above=0, wanted=1, over_budget=0, due=60)
+    assert recalled(entries, [one], page_entries=2) == [4, 1, 1]  # entry 1 is in page 0
+    later = one._replace(pages=(1,))  # entry 2
+    assert recalled(entries, [one, later], page_entries=2) == [4, 1, 2]
+    assert recalled(entries, [one._replace(complete=5, pages=())], 2) == [4, 2, 2]  # in no page yet
+    assert recalled(entries, [], page_entries=2) == [4, 0, 0]
+
+
+def test_bytes_of_a_budget_that_is_kept_and_of_one_that_is_not():
+    case = draw(Cell(task="niah_single_2", length=8192, seed=0, haystack=0), 1)
+    start = len(case.haystack) + len(case.questions[0].prompt)
+    variant = dataclasses.replace(LSA, budget="0.10")
+    room, due = BASE.room(variant), start + 16
+    forming = room.complete_pages(due) - room.complete_pages(start)
+    pages = room.allowed((due,), due, forming=forming)
+    cycle = Cycle(
+        complete=start // 16, pages=tuple(range(pages)), above=0, wanted=99, over_budget=9, due=0
+    )
+    cycle = cycle._replace(due=due, end=start + 3)
+    (kept,) = Measure(BASE).records(case, variant, [Reply([1, 2, 3], [cycle], 0)])
+    assert not kept["exceeded"] and kept["slack"] == 0
+    assert 0.095 < kept["device"] / kept["full"] <= 0.1
+    more = cycle._replace(pages=tuple(range(pages + 2)))
+    (over,) = Measure(BASE).records(case, variant, [Reply([1, 2, 3], [cycle, more], 1)])
+    assert over["exceeded"] and over["device"] > kept["device"] and over["growth"] == 1
+    less = cycle._replace(pages=tuple(range(pages - 5)))
+    (under,) = Measure(BASE).records(case, variant, [Reply([1, 2, 3], [less], 0)])
+    assert under["slack"] == 5
+
+
+def test_full_attention_has_everything_and_its_ablation_reads_none_of_it():
+    case = draw(Cell(task="vt", length=640, seed=0, haystack=0), 1)
+    reply = Reply(case.questions[0].answer.tolist(), [], 0)
+    (full,) = Measure(BASE).records(case, FULL, [reply])
+    (none,) = Measure(BASE).records(case, Variant(arm="no_csa"), [reply])
+    assert full["device"] == full["full"] and full["score"] == 1.0
+    total = full["evidence"][0]
+    assert total > 0 and full["evidence"] == [total] * 3 and none["evidence"] == [total, 0, 0]
+
+
+# A run, with a machine that knows the answers
+
+
+class Knowing:
+    """Answers rightly in every arm but recency, which is right about even haystacks only."""
+
+    def __init__(self):
+        self.prefills, self.asked = [], []
+
+    def answer(self, case, variants, log):
+        self.prefills.append(case.cell)
+        for variant in variants:
+            self.asked.append((case.cell, variant))
+            wrong = variant.arm == "recency" and case.cell.haystack % 2
+            said = [[1] if wrong else q.answer.tolist() for q in case.questions]
+            replies = [Reply(ids, _cycles(case, variant), 0) for ids in said]
+            log.append(Measure(BASE).records(case, variant, replies))
+
+
+def _cycles(case, variant):
+    if variant == FULL:
+        return []
+    end = case.most_tokens
+    complete = len(case.haystack) // 16
+    return [Cycle(complete, (0, 1), above=0, wanted=2, over_budget=0, due=end, end=end)]
+
+
+@functools.cache
+def listed(grid):
+    """Drawing takes longer than all else here."""
+    return list(grid.cases())
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    grid: MiniGrid
+    work: int = 1
+
+    def cases(self):
+        yield from listed(self.grid)
+
+
+def results(directory, machine, grid=GRID, variants=VARIANTS):
+    log = Log(directory, {"checkpoint": "one"})
+    run(Drawn(grid), variants, log, lambda: machine, lambda line: None)
+    lines = summarise(log.records, variants)
+    text = tables.markdown(lines, heading="# Results", source="Planted.")
+    return log, text, tables.to_text(tables.as_json(lines))
+
+
+def test_all_arms_share_one_prefill_of_each_haystack(tmp_path):
+    machine = Knowing()
+    results(tmp_path, machine)
+    assert len(machine.prefills) == len(set(machine.prefills)) == len(listed(GRID))
+    assert len(machine.asked) == len(VARIANTS) * len(machine.prefills)
+
+
+class Interrupted(Knowing):
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def answer(self, case, variants, log):
+        if len(self.prefills) == self.after:
+            super().answer(case, variants[:2], log)
+            raise KeyboardInterrupt
+        super().answer(case, variants, log)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 1500])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_tables(tmp_path, cut):
+    whole, machine = results(tmp_path / "whole", Knowing()), Interrupted(after=2)
+    with pytest.raises(KeyboardInterrupt):
+        results(tmp_path / "cut", machine)
+    path = tmp_path / "cut" / "answers.jsonl"
+    path.write_bytes(path.read_bytes()[: -cut or None])  # as a machine that lost power leaves it
+    before, again = read(path), Knowing()
+    resumed = results(tmp_path / "cut", again)
+    assert resumed[1:] == whole[1:]
+    done = {(r["task"], r["length"], r["seed"], r["haystack"], str(r["variant"])) for r in before}
+    for cell, variant in again.asked:
+        assert (*dataclasses.astuple(cell), str(variant.as_dict())) not in done
+    assert len(read(path)) == len(whole[0].records)
+    quiet = Knowing()
+    assert results(tmp_path / "cut", quiet)[1:] == whole[1:] and not quiet.asked
+
+
+def test_more_arms_and_questions_are_added_to_what_is_there(tmp_path):
+    results(tmp_path, Knowing(), dataclasses.replace(GRID, questions=3), VARIANTS[:2])
+    machine = Knowing()
+    _, text, _ = results(tmp_path, machine)
+    assert text == results(tmp_path / "other", Knowing())[1]
+    assert len(machine.asked) < len(VARIANTS) * len(listed(GRID))
+
+
+def test_answers_of_another_checkpoint_are_refused(tmp_path):
+    Log(tmp_path, {"checkpoint": "one", "recency": 16})
+    with pytest.raises(ConfigError, match="answers with checkpoint 'one', got 'two'"):
+        Log(tmp_path, {"checkpoint": "two", "recency": 16})
+
+
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path):
+    log, *_ = results(tmp_path, Knowing(), dataclasses.replace(GRID, seeds=1))
+    lines = log.path.read_text().splitlines()
+    log.path.write_text("\n".join([lines[0], lines[1][:50], *lines[2:], ""]))
+    before = log.path.read_bytes()
+    with pytest.raises(ConfigError, match=r"answers\.jsonl line 2 must be a record"):
+        Log(tmp_path, {"checkpoint": "one"})
+    assert log.path.read_bytes() == before
+
+
+# Figures
+
+
+def planted(rng, variant, task="vt", haystacks=12):
+    """Records with scores at random, with different numbers of questions a haystack."""
+    sizes = {"device": 10, "full": 100, "host": 90, "device_reserved": 12, "full_reserved": 110}
+    return [
+        {
+            "task": task,
+            "length": 640,
+            "seed": haystack % 3,
+            "haystack": haystack // 3,
+            "question": question,
+            "variant": variant.as_dict(),
+            "score": float(rng.random() < 0.7),
+            "kept": 0.1,
+            "evidence": [4, 1, 2],
+            **sizes,
+        }
+        for haystack in range(haystacks)
+        for question in range(1 + haystack % 4)
+    ]
+
+
+def by_haystack(records):
+    out = {}
+    for record in records:
+        out.setdefault((record["seed"], record["haystack"]), []).append(record["score"])
+    return [out[key] for key in sorted(out)]
+
+
+def test_paired_differences_and_intervals_are_those_of_an_independent_computation():
+    rng = np.random.default_rng(5)
+    full, lsa = planted(rng, FULL), planted(rng, LSA)
+    (_, line) = summarise(full + lsa, [FULL, LSA])
+    mine, others = by_haystack(lsa), by_haystack(full)
+    mean = lambda groups: np.mean([x for group in groups for x in group])  # noqa: E731
+    assert line.accuracy.value == pytest.approx(mean(mine))
+    assert line.minus_full.value == pytest.approx(mean(mine) - mean(others))
+    draws = np.random.default_rng(9)
+    gaps, values = [], []
+    for _ in range(4 * RESAMPLES):
+        which = draws.integers(0, len(mine), len(mine))
+        first = mean([mine[i] for i in which])
+        gaps.append(first - mean([others[i] for i in which]))
+        values.append(first)
+    for found, want in ((line.minus_full, gaps), (line.accuracy, values)):
+        low, high = np.quantile(want, (0.025, 0.975))
+        # Two bootstraps of 2,000 and 8,000: their quantiles differ by about 0.01.
+        assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
+        assert found.low < found.value < found.high
+
+
+def test_only_questions_that_both_have_answered_are_compared():
+    rng = np.random.default_rng(6)
+    full, lsa = planted(rng, FULL, haystacks=6), planted(rng, LSA, haystacks=12)
+    (_, line) = summarise(full + lsa, [FULL, LSA])
+    shared = [
+        r for r in lsa if (r["seed"], r["haystack"]) in {(f["seed"], f["haystack"]) for f in full}
+    ]
+    want = np.mean([r["score"] for r in shared]) - np.mean([r["score"] for r in full])
+    assert line.minus_full.value == pytest.approx(want)
+    assert line.questions == len(lsa)
+
+
+def test_averages_weigh_tasks_alike_and_want_all_of_them():
+    rng = np.random.default_rng(7)
+    records = planted(rng, FULL, "vt", 3) + planted(rng, FULL, "niah_single_1", 12)
+    records += planted(rng, LSA, "vt", 3)
+    lines = summarise(records, [FULL, LSA])
+    tasks = {line.task: line for line in lines if line.variant == FULL}
+    want = (tasks["vt"].accuracy.value + tasks["niah_single_1"].accuracy.value) / 2
+    assert tasks["retrieval"].accuracy.value == pytest.approx(want)
+    assert tasks["all"].accuracy.value == pytest.approx(want)
+    assert [line.task for line in lines if line.variant == LSA] == ["vt"]
+
+
+def test_the_table_says_what_was_asked_and_json_has_no_nan():
+    rng = np.random.default_rng(8)
+    lines = summarise(planted(rng, FULL, haystacks=1) + planted(rng, LSA, haystacks=1), [FULL, LSA])
+    text = tables.markdown(lines, heading="# Mini", source="Here.")
+    assert "### vt" in text and "| 25.0, 50.0 |" in text and "10.0 | 100.0 | 10.0 | 10.9" in text
+    content = json.loads(tables.to_text(tables.as_json(lines, device="cpu")))
+    assert content["device"] == "cpu" and content["lines"][1]["variant"] == LSA.as_dict()
+    assert content["lines"][0]["accuracy"][1] is None  # one haystack has no interval
+
+
+def test_a_block_is_replaced_between_its_marks_only():
+    text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+    assert tables.into(text, "new\n", "it.md") == text.replace("old", "new")
+    with pytest.raises(ConfigError, match=r"it\.md must have the lines"):
+        tables.into("before\nafter\n", "new", "it.md")
+
+
+def test_progress_counts_what_was_there_but_not_its_time():
+    case = draw(Cell(task="vt", length=640, seed=0, haystack=0), 3)
+    progress = Progress(100, began=0.0)
+    progress.add(50, new=False)
+    assert progress.line(case) == "50 % (vt, 640 tokens)"
+    progress.add(25, new=True)
+    assert progress.line(case).startswith("75 % (vt, 640 tokens), ")
+    assert progress.line(case).endswith(" left")
+
+
+def test_records_of_another_grid_are_left_out(tmp_path):
+    log, *_ = results(tmp_path, Knowing())
+    small = dataclasses.replace(GRID, tasks=("vt",), seeds=1)
+    assert {(r["task"], r["seed"]) for r in log.records if small.has(r)} == {("vt", 0)}
+
+
+def test_a_machine_is_loaded_only_where_an_answer_is_missing(tmp_path):
+    results(tmp_path, Knowing())
+    log = Log(tmp_path, {"checkpoint": "one"})
+
+    def load() -> Machine:
+        raise AssertionError("nothing is missing")
+
+    run(Drawn(GRID), VARIANTS, log, load, lambda line: None)
