@@ -120,9 +120,8 @@ def test_everything_resident_draws_what_full_attention_draws(run_json, root, tmp
     assert found["peak_device_bytes_above_weights"] is None  # a CPU does not say
 
 
-@pytest.mark.parametrize(
-    ("reply", "room"), [(60, ROOM), pytest.param(150, 2 * ROOM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("reply", "room"), [(60, ROOM), (150, 2 * ROOM)])
 def test_a_conversation_keeps_its_pages_and_prefills_only_what_is_new(
     run_json, monkeypatch, reply, room
 ) -> None:
@@ -191,10 +190,8 @@ def test_thresholds_come_from_the_indexers_file_unless_given(run_json, root) -> 
         assert (found["threshold"], found["calibrated_thresholds"]) == (used, None)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mode"),
-    [("bfloat16", "fp8"), pytest.param("float32", "bfloat16", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "mode"), [("bfloat16", "fp8"), ("float32", "bfloat16")])
 def test_the_indexer_computes_as_it_was_told_to(run_json, root, dtype, mode) -> None:
     told = ["--indexer-dtype", dtype, "--query-mode", mode, "--max-new-tokens", ROOM - 37]
     arguments = [*COMMON, *told, *EVERYTHING, "--indexer", root / "indexer"]

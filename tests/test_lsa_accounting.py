@@ -207,9 +207,10 @@ def test_the_command_and_a_session_refuse_with_the_same_floor(name, share, capsy
     assert capsys.readouterr().err == f"error: {refused.value}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "budget"),
-    [(301, "0.5"), (301, "60kB"), pytest.param(140, "0.8", marks=pytest.mark.slow)],
+    [(301, "0.5"), (301, "60kB"), (140, "0.8")],
 )
 def test_the_command_allows_what_a_running_session_allows(tokens, budget, capsys, tmp_path):
     session = lsa_models.session(budget=budget, capacity=tokens)

@@ -79,6 +79,7 @@ def test_a_row_with_less_than_top_k_entries_reads_nothing_of_others():
     np.testing.assert_array_equal(run.scores(0), want.scores(0))
 
 
+@pytest.mark.slow
 def test_written_through_pages_leave_no_copy_that_is_read():
     """After a boundary, the fresh pages that went to the host are overwritten too."""
     of, want = bounded(2), alone(bounded(2), prompt(45), STEPS)

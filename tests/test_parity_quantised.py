@@ -53,7 +53,7 @@ def check_simulation(case: Case, compute: ComputeConfig, ids: np.ndarray) -> Non
         close(logits, want, LOGITS_ERROR)
 
 
-@pytest.mark.parametrize("name", slow_but("minimal"))
+@pytest.mark.parametrize("name", slow_but())
 def test_simulating_every_quantisation_gives_the_references_logits(name: str):
     case = load_case(name)
     check_simulation(case, simulating(*ALL), case.outputs["quant.all.ids"])

@@ -215,6 +215,7 @@ def _true(want: Requests, events: list[Event]) -> np.ndarray:
     return planted_states.true_mass(want, readable(held))
 
 
+@pytest.mark.slow
 def test_the_fallback_fires_on_dense_requests_and_on_at_most_a_twentieth_of_ordinary_ones() -> None:
     _, _, events = grown()
     fired = np.array([event.growth > 0 for event in events])
