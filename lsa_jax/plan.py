@@ -11,6 +11,7 @@ error (one line), also where a topology cannot hold the case.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -31,6 +32,7 @@ from lsa_jax.planning.case import Case, MeshShape
 from lsa_jax.planning.hardware import DEVICES, parse_topology
 from lsa_jax.planning.plan import Plan, as_json, make_plan, notes
 from lsa_jax.planning.programs import Compiled
+from pallas_kernels.targets import LIBTPU_ENVIRONMENT
 
 _KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 _CONTEXTS = ("256K", "512K", "1M")  # of --smallest
@@ -233,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = _parse(argv)
     jax.config.update("jax_platforms", "cpu")  # compilers are wanted here, and no accelerator
+    for name, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # of this process; what the user has set stays
     return cli.exit_code(lambda: plan(args), interrupted="interrupted")
 
 

@@ -1,7 +1,7 @@
 """Checks this installation on the device at hand: `python -m lsa_jax.selftest`.
 
 Parity of the tiny model with HuggingFace's logits, the identities of two-level decoding, memory
-kinds and bandwidth, kernels. Under three minutes on two CPU cores; the report is fit for an issue.
+kinds and bandwidth, kernels. Three minutes on two CPU cores; the report is fit for an issue.
 Exit codes: 0, 1 where something does not hold, 2 after an error (one line), 130 after Ctrl-C.
 """
 

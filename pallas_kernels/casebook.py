@@ -62,6 +62,12 @@ class Tolerance(NamedTuple):
     each: float = 0.0
 
 
+def error_line(error: Exception) -> str:
+    """An error in a report: its type and the first line of what it says."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
 EXACT = Tolerance("copies, integers and comparisons leave no room for rounding")
 
 

@@ -43,7 +43,7 @@ def check(case: casebook.Case, backend: str, seed: int = 0) -> Check:
         known = backend in case.declined
         return Check(case, backend, "declined" if known else "FAIL", 0.0, f"Unsupported: {why}")
     except Exception as error:  # the next case is checked all the same
-        return Check(case, backend, "FAIL", float("nan"), _first_line(error))
+        return Check(case, backend, "FAIL", float("nan"), casebook.error_line(error))
     if backend in case.declined:
         return Check(case, backend, "FAIL", 0.0, "the case says that this backend declines it")
     names = [call.name for call in runner.kernels]
@@ -58,7 +58,7 @@ def check(case: casebook.Case, backend: str, seed: int = 0) -> Check:
             result = casebook.compare(case.tolerance, jax.device_get(got), want)
             worst = max(worst, result, key=lambda r: (not r.ok, r.error))
     except Exception as error:  # an illegal address, say
-        return Check(case, backend, "FAIL", float("nan"), _first_line(error))
+        return Check(case, backend, "FAIL", float("nan"), casebook.error_line(error))
     return Check(case, backend, "pass" if worst.ok else "FAIL", worst.error, worst.why)
 
 
@@ -68,11 +68,6 @@ def _definition(case: casebook.Case, seed: int) -> tuple[tuple[Any, ...], Any]:
         args = case.arguments(jax.random.key(seed))
         result = jax.jit(lambda *a: case.run(a, dispatch.XLA))(*args)
         return jax.device_get((args, case.view(args, result)))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def checks(ops: Sequence[str], backends: Sequence[str], part: str = "") -> Iterator[Check]:

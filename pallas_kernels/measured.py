@@ -41,7 +41,7 @@ def rows(
     try:
         arguments = Arguments.of(case)
     except Exception as error:  # too large for this device, say
-        yield {**head, "backend": dispatch.XLA, "failed": _told(error)}
+        yield {**head, "backend": dispatch.XLA, "failed": casebook.error_line(error)}
         return
     head["buffers"] = len(arguments.sets)
     want: Any = None
@@ -65,7 +65,7 @@ def rows(
         except dispatch.Unsupported as why:
             row["failed"] = f"Unsupported: {why}"
         except Exception as error:  # the next backend is timed all the same
-            row["failed"] = _told(error)
+            row["failed"] = casebook.error_line(error)
         if backend == dispatch.XLA:
             xla = row.get("seconds")
         yield row
@@ -113,13 +113,8 @@ def _peer_rows(
                 timing.measure(call, lambda _, peer=peer: peer.finish()), head["floor"], xla
             )
         except Exception as error:  # the next peer is timed all the same
-            row["failed"] = _told(error)
+            row["failed"] = casebook.error_line(error)
         yield row
-
-
-def _told(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def line(row: dict[str, Any]) -> str:

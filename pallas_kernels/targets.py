@@ -43,14 +43,20 @@ CHIPS = {
     "tpu7x": Chip("tpu", "TPU7x", 1, "tpu7x:2x2x1", 103_000_000_000, 64 << 20),
     "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", 132, "1x1x1", 84_929_347_584, 232_448),
 }
-# The compiler's description of the GPU (GpuTargetConfigProto); bandwidth and cache only steer
-# fusion decisions.
+# libtpu asks where it is and takes a lock that one process may hold; a process that only compiles
+# has no use for either.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+}
 _HOPPER = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {cores}
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
   fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: {shared}
+  block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
   cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536
   registers_per_block_limit: 65536 }}
   platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
@@ -104,13 +110,8 @@ def cuda_folder() -> Path | None:
 def environment(chip: Chip) -> dict[str, str]:
     """What the compilers need in the environment of a process before it starts JAX."""
     common = {"JAX_PLATFORMS": "cpu"}  # the default device; the compilers start no other
-    if chip.platform == "tpu":  # values that only say "there is no machine to ask"
-        return common | {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # no process has a device to itself
-        }
+    if chip.platform == "tpu":
+        return common | LIBTPU_ENVIRONMENT
     cuda = str(cuda_folder())
     flags = f"--xla_gpu_cuda_data_dir={cuda} --xla_gpu_autotune_level=0"
     return common | {
@@ -157,12 +158,16 @@ def compile_for(
     )
 
 
+def describe_hopper(kind: str, memory: int, bandwidth: int) -> str:
+    """What XLA must know of a Hopper GPU to compile for it (GpuTargetConfigProto): name, bytes,
+    bytes/s. An H200 is an H100 with another memory; bandwidth only steers fusion decisions."""
+    return _HOPPER.format(kind=kind, memory=memory, bandwidth=bandwidth)
+
+
 def _device(chip: Chip) -> Any:
     if chip.platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices[0]
-    config = _HOPPER.format(
-        cores=chip.cores, memory=chip.memory_bytes, shared=chip.fast_bytes, kind=chip.kind
-    )
+    config = describe_hopper(chip.kind, chip.memory_bytes, 3_352_320_000_000)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=config, topology=chip.topology
     )

@@ -10,63 +10,34 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
-from pallas_kernels import casebook, dispatch, rows
+from pallas_kernels import casebook, dispatch
 from pallas_kernels.dense_prefill import cases, dense_prefill, mosaic_gpu, mosaic_tpu, reference
+from tests.prefill_attention import arguments, check, every_name, given, in_float64
 
 FAST = "fp8, window of no tile"
 STATIC = {"scale": 128**-0.5, "group": 64}
-
-
-def arguments(case: casebook.Case, seed: int) -> tuple[Any, ...]:
-    """Random arguments from a generator that takes the compiler little time."""
-    return case.arguments(jax.random.key(seed, impl="unsafe_rbg"))
-
-
-@functools.cache
-def given(name: str) -> tuple[casebook.Case, tuple[Any, ...]]:
-    """The case of that name and arguments for it, made once."""
-    case = next(case for case in cases.CASES if case.name == name)
-    return case, arguments(case, 1)
 
 
 def definition(case: casebook.Case, args: Any, **blocks: int) -> jax.Array:
     return jax.jit(lambda *args: reference.dense_prefill(*args, **case.static, **blocks))(*args)
 
 
-def in_float64(q, past, kv, start, entries, sink, *, ratio, scale, group) -> np.ndarray:
-    """The spec's sum, one query at a time, over nothing but the keys it sees (3.1, 3.3, 4.4)."""
-    dims, window = q.shape[-1], past.shape[1]
-    stored = np.zeros((len(q), 0, dims))
-    if entries is not None:
-        decode = jax.jit(lambda x: rows.decode(x, dims, group, jnp.float32))
-        stored = np.asarray(decode(entries), np.float64)
-    band = np.concatenate([np.asarray(x, np.float64) for x in (past, kv)], axis=1)
-    q64, sink64, out = np.asarray(q, np.float64), np.asarray(sink, np.float64), np.zeros(q.shape)
-    for b, t in np.ndindex(*q.shape[:2]):
-        position = int(start[b]) + t
-        near = band[b, t + 1 : t + 1 + window][max(0, window - 1 - position) :]
-        keys = np.concatenate([near, stored[b, : (position + 1) // ratio]])
-        logits = q64[b, t] @ keys.T * scale
-        weights = np.exp(logits)
-        out[b, t] = weights @ keys / (weights.sum(-1) + np.exp(sink64))[:, None]
-    return out
+def want(case: casebook.Case, args: Any) -> np.ndarray:
+    """Every entry whose last token a query has seen counts (4.4)."""
+    *most, sink = args
+    start, ratio = most[3], case.static["ratio"]
+    how = {"scale": case.static["scale"], "group": case.static["group"]}
+
+    def seen(b: int, t: int, entries: np.ndarray) -> np.ndarray:
+        return entries[: (int(start[b]) + t + 1) // ratio]
+
+    return in_float64(*most, sink, seen, **how)
 
 
-def check(case: casebook.Case, got: Any, args: Any) -> None:
-    want = in_float64(*args, **case.static).astype(got.dtype)
-    result = casebook.compare(case.tolerance, got, want)
-    assert result.ok, f"{case}: {result.why}"
-
-
-def every_name(*fast: str) -> list[Any]:
-    others = [c.name for c in cases.CASES if c.name not in fast]
-    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
-
-
-@pytest.mark.parametrize("name", every_name(FAST))
+@pytest.mark.parametrize("name", every_name("dense_prefill", FAST))
 def test_definition_is_the_specs_sum_over_visible_keys_alone(name: str) -> None:
-    case, args = given(name)
-    check(case, definition(case, args), args)
+    case, args = given("dense_prefill", name)
+    check(case, definition(case, args), want(case, args))
 
 
 # One query a block, one block; blocks that end inside the chunk and the history.
@@ -82,7 +53,7 @@ def test_blocks_do_not_change_the_definition(query_block: int, key_block: int) -
     case = cases.case(2, 9, (0, 70), 30, 2, window=20, heads=2, dims=128, dtype="float32")
     args = arguments(case, 2)
     got = definition(case, args, query_block=query_block, key_block=key_block)
-    check(case, got, args)
+    check(case, got, want(case, args))
 
 
 @pytest.mark.slow
@@ -122,21 +93,21 @@ def supported(backend: str) -> tuple[casebook.Case, ...]:
 
 
 def test_tpu_kernel_matches_the_definition_when_interpreted() -> None:
-    case, args = given(FAST)
-    check(case, mosaic_tpu.dense_prefill(*args, **case.static, interpret=True), args)
+    case, args = given("dense_prefill", FAST)
+    check(case, mosaic_tpu.dense_prefill(*args, **case.static, interpret=True), want(case, args))
 
 
 def test_hopper_kernel_matches_the_definition_when_interpreted() -> None:
     case = cases.case(1, 2, 66, 70, 1, window=20, fp8=True, heads=64, dims=128)
     args = arguments(case, 7)
-    check(case, mosaic_gpu.dense_prefill(*args, **case.static, interpret=True), args)
+    check(case, mosaic_gpu.dense_prefill(*args, **case.static, interpret=True), want(case, args))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", supported("mosaic_gpu"), ids=str)
 def test_hopper_kernel_matches_the_definition(case: casebook.Case) -> None:
     args = arguments(case, 8)
-    check(case, mosaic_gpu.dense_prefill(*args, **case.static, interpret=True), args)
+    check(case, mosaic_gpu.dense_prefill(*args, **case.static, interpret=True), want(case, args))
 
 
 @pytest.mark.slow
@@ -144,7 +115,7 @@ def test_hopper_kernel_matches_the_definition(case: casebook.Case) -> None:
 def test_tpu_kernel_waits_for_its_copies(case: casebook.Case) -> None:
     args = arguments(case, 9)
     mode = pltpu.InterpretParams()  # memory that nothing wrote is NaN
-    check(case, mosaic_tpu.dense_prefill(*args, **case.static, interpret=mode), args)
+    check(case, mosaic_tpu.dense_prefill(*args, **case.static, interpret=mode), want(case, args))
 
 
 def test_kernels_decline_what_they_do_not_take() -> None:

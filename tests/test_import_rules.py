@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("lsa_jax.sampling", "lsa_jax.compile_clock", "pallas_kernels", *TENSORS, *CONFIG),
     ),
     "lsa_jax.planning": ("lsa_jax", "pallas_kernels"),
-    "lsa_jax.plan": ("lsa_jax",),
+    "lsa_jax.plan": ("lsa_jax", "pallas_kernels"),
     "lsa_jax.checks": ("lsa_jax", "pallas_kernels"),
     "lsa_jax.selftest": ("lsa_jax", "pallas_kernels"),
     "lsa_jax.footprint": ("lsa_jax",),

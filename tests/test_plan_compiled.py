@@ -11,6 +11,7 @@ from lsa_jax.planning.fit import DoesNotFit
 from lsa_jax.planning.hardware import DEVICES, parse_topology
 from lsa_jax.planning.plan import as_json, make_plan
 from lsa_jax.planning.programs import Planner
+from pallas_kernels.targets import LIBTPU_ENVIRONMENT
 from tests.plan_cases import TINY, case
 
 SMALL = dataclasses.replace(
@@ -20,6 +21,12 @@ TPU = pytest.mark.skipif(
     not aot.has_compiler(DEVICES["v5e"]), reason="compiling for TPUs needs the package libtpu"
 )
 GENERATIONS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:1x1x1")
+
+
+@pytest.fixture(autouse=True)
+def _no_machine_to_ask(monkeypatch):
+    for name, value in LIBTPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 def compiled(planner: Planner, *names: str):

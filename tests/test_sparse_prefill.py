@@ -10,61 +10,33 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
-from pallas_kernels import casebook, dispatch, rows
+from pallas_kernels import casebook, dispatch
 from pallas_kernels.dense_prefill import dense_prefill
 from pallas_kernels.sparse_prefill import cases, mosaic_tpu, reference, sparse_prefill, triton_gpu
+from tests.prefill_attention import arguments, check, every_name, given, in_float64
 
 FAST = "fp8"
-
-
-def arguments(case: casebook.Case, seed: int) -> tuple[Any, ...]:
-    """Random arguments from a generator that takes the compiler little time."""
-    return case.arguments(jax.random.key(seed, impl="unsafe_rbg"))
-
-
-@functools.cache
-def given(name: str) -> tuple[casebook.Case, tuple[Any, ...]]:
-    """The case of that name and arguments for it, made once."""
-    case = next(case for case in cases.CASES if case.name == name)
-    return case, arguments(case, 1)
 
 
 def definition(case: casebook.Case, args: Any) -> jax.Array:
     return jax.jit(lambda *args: reference.sparse_prefill(*args, **case.static))(*args)
 
 
-def in_float64(q, past, kv, start, entries, index, valid, sink, *, scale, group) -> np.ndarray:
-    """The spec's sum, one query at a time, over nothing but the keys it selected (3.1, 5.1)."""
-    dims, window = q.shape[-1], past.shape[1]
-    decode = jax.jit(lambda x: rows.decode(x, dims, group, jnp.float32))
-    stored = np.asarray(decode(entries), np.float64)
-    band = np.concatenate([np.asarray(x, np.float64) for x in (past, kv)], axis=1)
-    q64, sink64, out = np.asarray(q, np.float64), np.asarray(sink, np.float64), np.zeros(q.shape)
+def want(case: casebook.Case, args: Any) -> np.ndarray:
+    """The selected entries count (5.1)."""
+    *most, index, valid, sink = args
     index, valid = np.asarray(index), np.asarray(valid)
-    for b, t in np.ndindex(*q.shape[:2]):
-        exists = max(0, window - 1 - int(start[b]) - t)
-        near = band[b, t + 1 + exists : t + 1 + window]
-        keys = np.concatenate([near, stored[b, index[b, t, valid[b, t]]]])
-        weights = np.exp(q64[b, t] @ keys.T * scale)
-        out[b, t] = weights @ keys / (weights.sum(-1) + np.exp(sink64))[:, None]
-    return out
+
+    def seen(b: int, t: int, entries: np.ndarray) -> np.ndarray:
+        return entries[index[b, t, valid[b, t]]]
+
+    return in_float64(*most, sink, seen, **case.static)
 
 
-def check(case: casebook.Case, got: Any, args: Any) -> None:
-    want = in_float64(*args, **case.static).astype(got.dtype)
-    result = casebook.compare(case.tolerance, got, want)
-    assert result.ok, f"{case}: {result.why}"
-
-
-def every_name(*fast: str) -> list[Any]:
-    others = [c.name for c in cases.CASES if c.name not in fast]
-    return [*fast, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
-
-
-@pytest.mark.parametrize("name", every_name(FAST))
+@pytest.mark.parametrize("name", every_name("sparse_prefill", FAST))
 def test_definition_is_the_specs_sum_over_selected_keys_alone(name: str) -> None:
-    case, args = given(name)
-    check(case, definition(case, args), args)
+    case, args = given("sparse_prefill", name)
+    check(case, definition(case, args), want(case, args))
 
 
 @pytest.mark.slow
@@ -72,7 +44,7 @@ def test_blocks_do_not_change_the_definition(monkeypatch: pytest.MonkeyPatch) ->
     case = cases.case(2, 7, (0, 70), 30, selected=9, heads=2, dims=128, dtype="float32")
     args = arguments(case, 2)
     monkeypatch.setattr(reference, "GATHERED", 2 * 9 * 3)  # three queries a block: a ragged last
-    check(case, definition(case, args), args)
+    check(case, definition(case, args), want(case, args))
 
 
 @pytest.mark.slow
@@ -100,8 +72,12 @@ def test_definition_can_be_differentiated() -> None:
 
 
 def test_tpu_kernel_matches_the_definition_when_interpreted() -> None:
-    case, args = given(FAST)
-    check(case, mosaic_tpu.sparse_prefill(*args, **case.static, unroll=1, interpret=True), args)
+    case, args = given("sparse_prefill", FAST)
+    check(
+        case,
+        mosaic_tpu.sparse_prefill(*args, **case.static, unroll=1, interpret=True),
+        want(case, args),
+    )
 
 
 @pytest.mark.slow
@@ -109,7 +85,11 @@ def test_tpu_kernel_matches_the_definition_when_interpreted() -> None:
 def test_tpu_kernel_waits_for_its_copies(case: casebook.Case) -> None:
     args = arguments(case, 6)
     mode = pltpu.InterpretParams()  # memory that nothing wrote is NaN
-    check(case, mosaic_tpu.sparse_prefill(*args, **case.static, unroll=1, interpret=mode), args)
+    check(
+        case,
+        mosaic_tpu.sparse_prefill(*args, **case.static, unroll=1, interpret=mode),
+        want(case, args),
+    )
 
 
 def test_kernels_decline_what_they_do_not_take() -> None:

@@ -1,12 +1,12 @@
 """Devices that are not here, as a compiler sees them.
 
 TPU programs need the package libtpu, CUDA programs JAX's CUDA plugin with its compilers; neither
-needs the hardware. What these compilers say of memory is what they say on the hardware.
+needs the hardware; `lsa_jax.plan` sets what libtpu reads from its process's environment. What these
+compilers say of memory is what they say on the hardware.
 """
 
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,30 +19,7 @@ from lsa_jax import shardings
 from lsa_jax.config import ConfigError
 from lsa_jax.planning.case import MeshShape
 from lsa_jax.planning.hardware import Device, Topology
-
-# libtpu asks Google's metadata server where it is and takes a lock that one process may hold; a
-# process that only compiles has no use for either. What the user has set stays.
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
-# What XLA must know of a Hopper GPU to compile for it; the H200 is an H100 with more memory.
-_HOPPER = """
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: {memory} shared_memory_per_block_optin: 232448
-  cuda_compute_capability {{ major: 9 }}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 12 }}
-runtime_version {{ major: 13 minor: 0 patch: 0 }} device_description_str: "{kind}"
-"""
+from pallas_kernels.targets import describe_hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +74,15 @@ def _missing(device: Device) -> str | None:
 
 
 def _tpu(topology: Topology) -> list[Any]:
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
     return topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
 
 
 def _cuda(topology: Topology) -> list[Any]:
     device = topology.device
-    sizes = {"bandwidth": int(device.bandwidth), "memory": device.memory, "kind": device.kind}
+    config = describe_hopper(device.kind, device.memory, int(device.bandwidth))
     described = topologies.get_topology_desc(
         platform="cuda",
-        target_config=_HOPPER.format(**sizes),
+        target_config=config,
         topology=f"1x1x{topology.devices}",
     )
     return described.devices

@@ -54,7 +54,8 @@ def dense_decode(
     """See the package's `dense_decode`. Jitted, so that all layers lower one kernel once."""
     _require(q, window, rows, group)
     (batch, heads, dims), entries = q.shape, soft.lead(rows)[1]
-    tuning = tuning or Tuning(splits=soft.default_splits(batch, heads, max(1, entries // 128)))
+    chunks = (window.shape[1] + entries) // CHUNK  # a block has two or more
+    tuning = tuning or Tuning(splits=soft.default_splits(batch, heads, max(1, chunks // 2)))
     if isinstance(rows, Fp8Rows):
         # In groups of 64, one of a scale each; the last holds the scales and no codes.
         planes = (rows.nope.reshape(batch, entries, dims // 64, 64), rows.rope)

@@ -125,11 +125,11 @@ def _consume(refs: Any, tiles: _Tiles, half: Array, scale: float, interpret: boo
     total = cast(jnp.ones((TILE,), jnp.float32), rows)
     values = cast(jnp.zeros((TILE, width), jnp.float32), layout)
     _, total, values = jax.lax.fori_loop(0, tiles.count, one, (top, total, values))
-    return values / _along(total, values.shape)
+    return values * _along(1.0 / total, values.shape)  # a division costs many instructions
 
 
 def _kernel(sizes: dict[str, int], scale: float, interpret: bool, *refs: Any) -> None:
-    """Grid (query and head tile, sequence); threads 0 and 1 compute, thread 2 copies."""
+    """Grid (sequence, query and head tile); threads 0 and 1 compute, thread 2 copies."""
     q, stored, start, sink, out, q_s, keys_s, arrived, full, empty, both = refs
     parts = sizes["heads"] // TILE
     i, b, thread = (jax.lax.axis_index(name) for name in ("tile", "sequence", "thread"))
@@ -236,8 +236,8 @@ def dense_prefill(
     kernel = plgpu.kernel(
         functools.partial(_kernel, sizes, scale, interpret),
         out_type=jax.ShapeDtypeStruct((batch, tokens * heads, dims), q.dtype),
-        grid=(tokens * heads // TILE, batch),
-        grid_names=("tile", "sequence"),
+        grid=(batch, tokens * heads // TILE),  # only the last axis may exceed 65,535
+        grid_names=("sequence", "tile"),
         num_threads=3,
         thread_name="thread",
         scratch_types=_scratch(dims, slots),

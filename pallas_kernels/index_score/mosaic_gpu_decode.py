@@ -20,23 +20,21 @@ from pallas_kernels.index_score import mosaic_gpu_tile as tiles
 from pallas_kernels.index_score.mosaic_gpu_tile import TILE, Call
 
 PROCESSORS = 132  # of an H100 or H200
-FULL_WAVE = 0.9  # a grid that keeps this share of the processors busy needs no finer split
+START_TILES = 4  # a block's start, in tiles: an estimate
 MAX_WAVES = 4
 MOST_STAGES = 4
 SMEM_BYTES = 224 << 10  # of a block's 227 KB: the rest is for barriers and the compiler
 
 
 def splits_for(batch: int, count: int, groups: int) -> int:
-    """Blocks per row: as few as fill the processors, since each block loads the query again."""
-    most = max(1, -(-count // groups))
+    """Blocks per row: the fewest that end first. A wave lasts as long as its busiest warpgroup."""
+    most = min(-(-count // groups), max(1, MAX_WAVES * PROCESSORS // batch))
 
-    def busy(splits: int) -> float:
-        blocks = batch * splits
-        return blocks / (-(-blocks // PROCESSORS) * PROCESSORS)
+    def time(splits: int) -> int:
+        waves = -(-batch * splits // PROCESSORS)
+        return waves * (-(-count // (splits * groups)) + START_TILES)
 
-    choices = range(1, min(most, max(1, MAX_WAVES * PROCESSORS // batch)) + 1)
-    good = (splits for splits in choices if busy(splits) >= FULL_WAVE)
-    return next(good, max(choices, key=busy))
+    return min(range(1, most + 1), key=time)
 
 
 def _walk(call: Call, refs: dict[str, Any], splits: int, groups: int) -> tuple[Any, ...]:

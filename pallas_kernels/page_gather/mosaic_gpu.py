@@ -104,6 +104,8 @@ def _copy(
     if not source.size or not entries or (target is not None and not target.size):
         raise Unsupported(f"needs pages and slots, got {list(source.shape)}, {entries} slots")
     tile = min(tile, 1 << (rows.bit_length() - 1))  # a power of two
+    # Rather a smaller tile than rows that are copied twice. Zeros are stored 8 rows at a time.
+    tile = next((t for t in range(tile, tile // 2, -8) if rows % t == 0), tile)
 
     shape = jax.ShapeDtypeStruct((entries, *source.shape[1:]), source.dtype)
     kernel = plgpu.kernel(

@@ -93,7 +93,7 @@ def _case(
         tolerance=tolerance,
         declined=declined,
         static=static,
-        shared=(3,) if call is expert_matmul else (),
+        shared=(2, 3) if call is expert_matmul else (),
     )
 
 
