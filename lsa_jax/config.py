@@ -168,17 +168,18 @@ class CacheConfig:
 
 
 ComputeDType = Literal["float32", "bfloat16"]
-Backend = Literal["auto", "xla", "mosaic_gpu"]
+Backend = Literal["auto", "xla", "mosaic_gpu", "mosaic_tpu", "triton"]
 _DTYPES = ("float32", "bfloat16")
-_BACKENDS = ("auto", "xla", "mosaic_gpu")
+_BACKENDS = ("auto", "xla", "mosaic_gpu", "mosaic_tpu", "triton")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Arithmetic of the forward pass; static under jit.
 
-    `dtype` is the activation dtype. `backend` names the kernels of `pallas_kernels` to use: a named
-    one runs or raises, "auto" takes the best one for the device. The three `simulate_*` switches
+    `dtype` is the activation dtype. `backend` names the kernels of `pallas_kernels` to use: an
+    operation that has them runs them or raises, one that has none takes its default; "auto" takes
+    the default, the best that is known for the device, everywhere. The three `simulate_*` switches
     round tensors as the released model does in production (spec 5.2, 5.4): window and compressed KV
     to fp8, index queries and keys to fp4, and the inputs of quantised matmuls to fp8.
     """

@@ -1,7 +1,8 @@
 """Every backend that the present device can run, on an operation's small cases, against the
 definition on the CPU."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,10 +34,13 @@ def definition_device() -> Any:
         return jax.devices()[0]
 
 
-def check(case: casebook.Case, backend: str, seed: int = 0) -> Check:
+Given = tuple[tuple[Any, ...], Any]  # arguments and what the definition makes of them, on the host
+
+
+def check(case: casebook.Case, backend: str, given: Callable[[], Given] | None = None) -> Check:
     """Runs a case, and compares; a kernel must also be in the compiled program."""
     try:
-        args, want = _definition(case, seed)
+        args, want = given() if given else definition(case)
         args = jax.device_put(args, jax.devices()[0])
         runner = timing.Runner(case, backend, timing.Arguments([args]))
     except dispatch.Unsupported as why:
@@ -62,19 +66,30 @@ def check(case: casebook.Case, backend: str, seed: int = 0) -> Check:
     return Check(case, backend, "pass" if worst.ok else "FAIL", worst.error, worst.why)
 
 
-def _definition(case: casebook.Case, seed: int) -> tuple[tuple[Any, ...], Any]:
+def definition(case: casebook.Case) -> Given:
     """Arguments, drawn there too since devices round random numbers differently, and the result."""
     with jax.default_device(definition_device()):
-        args = case.arguments(jax.random.key(seed))
+        args = case.arguments(jax.random.key(0))
         result = jax.jit(lambda *a: case.run(a, dispatch.XLA))(*args)
         return jax.device_get((args, case.view(args, result)))
 
 
-def checks(ops: Sequence[str], backends: Sequence[str], part: str = "") -> Iterator[Check]:
-    """The operations' cases whose line has `part`, on all backends (or these) that run here."""
+def checks(
+    ops: Sequence[str],
+    backends: Sequence[str],
+    part: str = "",
+    skip: Collection[tuple[str, str]] = (),
+    begin: Callable[[str, str], None] = lambda _case, _backend: None,
+) -> Iterator[Check]:
+    """The operations' cases whose line has `part`, on all backends (or these) that run here, but
+    for pairs of line and backend in `skip`. `begin` is told of each before it runs."""
     for op in ops:
-        for backend in casebook.backends(op):
-            if (backends and backend not in backends) or dispatch.refusal(backend):
-                continue
-            for case in (c for c in casebook.correctness(op) if part in str(c)):
-                yield check(case, backend)
+        names = [n for n in casebook.backends(op) if not backends or n in backends]
+        names = [n for n in names if dispatch.refusal(n) is None]
+        for case in (c for c in casebook.correctness(op) if part in str(c)):
+            # Once for all backends: it takes longer than they do.
+            given = functools.cache(functools.partial(definition, case))
+            for backend in names:
+                if (str(case), backend) not in skip:
+                    begin(str(case), backend)
+                    yield check(case, backend, given)

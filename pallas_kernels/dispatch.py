@@ -1,4 +1,7 @@
-"""Which backend runs an operation: a named one runs or raises, no name means the best that can."""
+"""Which backend runs an operation: a named one runs or raises, no name means the best that can.
+
+The best is what `DEFAULTS` says: kernels that were measured on that kind of device.
+"""
 
 import importlib.util
 from collections.abc import Callable, Collection, Mapping
@@ -9,6 +12,29 @@ import jax
 XLA, MOSAIC_GPU, MOSAIC_TPU, TRITON = "xla", "mosaic_gpu", "mosaic_tpu", "triton"
 BACKENDS = (XLA, MOSAIC_GPU, MOSAIC_TPU, TRITON)
 HOPPER_NAMES = ("H100", "H200", "H800", "H20", "GH200")
+HOPPER, GPU, TPU = "hopper", "gpu", "tpu"  # kinds of device; GPU: of another capability >= 8.0
+
+# What runs without a name, best first; after these, and everywhere else, the definition. A kernel
+# is listed for a kind of device once it was found right there, faster than the definition at the
+# shapes of V4 (docs/kernels.md has the times), and in whole models too. The others run only when
+# they are named: those of decode steps are right and faster, but ran alone so far.
+DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "compress": {HOPPER: (TRITON,)},
+    "compress_token": {},  # not timed yet
+    "dense_decode": {},
+    "dense_prefill": {HOPPER: (MOSAIC_GPU, TRITON)},
+    "expert_matmul": {},
+    "grouped_matmul": {HOPPER: (MOSAIC_GPU,)},
+    "hc_mix": {HOPPER: (MOSAIC_GPU,)},
+    "index_score": {HOPPER: (MOSAIC_GPU,)},
+    "page_gather": {HOPPER: (TRITON, MOSAIC_GPU)},
+    "page_recall": {HOPPER: (TRITON,), GPU: (TRITON,)},
+    "page_scatter": {HOPPER: (TRITON, MOSAIC_GPU)},
+    "quant_matmul": {},
+    "sparse_decode": {},
+    "sparse_prefill": {HOPPER: (TRITON,)},
+    "top_k": {HOPPER: (TRITON,)},
+}
 
 
 class Unsupported(Exception):
@@ -61,38 +87,53 @@ def require(backend: str) -> None:
         raise Unsupported(why)
 
 
-def default_order(available: Collection[str]) -> tuple[str, ...]:
-    """Those of `available` that the target can run, best first.
+def kind_of(at: Target) -> str | None:
+    """The kind of device that `DEFAULTS` knows a target as; None: it has definitions only."""
+    if at.platform == "tpu":
+        return TPU
+    if at.capability == 9.0:
+        return HOPPER
+    return GPU if at.capability >= 8.0 else None
+
+
+def default_order(op: str, available: Collection[str]) -> tuple[str, ...]:
+    """Those of `available` that run without a name on the target, best first.
 
     Kernels are per device: under a mesh of several devices the definition runs, which the compiler
     can partition.
     """
+    defaults, kind = DEFAULTS[op], kind_of(target())
     single = jax.sharding.get_abstract_mesh().size in (0, 1)
-    best = (MOSAIC_GPU, MOSAIC_TPU, TRITON, XLA) if single else (XLA,)
+    best = (*(defaults.get(kind, ()) if single and kind else ()), XLA)
     return tuple(name for name in best if name in available and refusal(name) is None)
 
 
+def of_model(available: Collection[str], backend: str | None) -> str | None:
+    """What a backend that is named for a whole model means for one operation.
+
+    The operation runs it, or raises, where it has it at all; where it has not, the operation takes
+    its default, as it does where none is named.
+    """
+    return backend if backend in available else None
+
+
 def run(
+    op: str,
     implementations: Mapping[str, Callable[..., Any]],
     backend: str | None,
     *args: Any,
-    by_name: Collection[str] = (),
     **kwargs: Any,
 ) -> Any:
-    """Calls the named backend, or the first of `default_order` that takes the call.
-
-    Backends in `by_name` run only when they are named: kernels that are not yet known to be right,
-    or faster than the definition, on the hardware they are for.
-    """
+    """Calls the named backend, or the first of `default_order` that takes the call."""
     if backend is not None:
         require(backend)
         if backend not in implementations:
-            raise Unsupported(f"this operation has {tuple(implementations)}, not {backend!r}")
-    order = (backend,) if backend else default_order(implementations.keys() - set(by_name))
+            raise Unsupported(f"{op} has {tuple(implementations)}, not {backend!r}")
+    order = (backend,) if backend else default_order(op, implementations)
     reasons = []
     for name in order:
         try:
             return implementations[name](*args, **kwargs)
         except Unsupported as why:
             reasons.append(f"{name}: {why}")
-    raise Unsupported("no backend took the call; " + "; ".join(reasons))
+    raise Unsupported(f"no backend took the call of {op}; " + "; ".join(reasons))

@@ -1,7 +1,7 @@
 """One case timed on every backend that runs here: rows of `pallas_kernels.bench`."""
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels import casebook, dispatch, timing
 from pallas_kernels.casebook import Case
 from pallas_kernels.timing import Arguments, Ceilings, Measurement, Runner
+
+# What stands in the place of a backend where something else failed.
+ARGUMENTS, PEERS = "arguments", "peers"
 
 
 class Peer(Protocol):
@@ -31,48 +34,86 @@ class Peer(Protocol):
 
 
 def rows(
-    case: Case, ceilings: Ceilings, backends: Sequence[str] = (), peers: str | None = None
+    case: Case,
+    ceilings: Ceilings,
+    backends: Sequence[str] = (),
+    peers: str | None = None,
+    earlier: Mapping[str, Mapping[str, Any]] | None = None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """The definition's row, then the others' with their ratio to it."""
+    """The definition's row, then the others' with their ratio to it.
+
+    `earlier` are rows by backend that an earlier run made: they are not made again. `begin` is told
+    what comes next, so that whoever finds this process dead knows what killed it.
+    """
+    known, names = dict(earlier or {}), runnable(case, backends)
+    compared = bool(peers) and known.keys() <= {*names, ARGUMENTS}
+    if ARGUMENTS in known or (known.keys() >= set(names) and not compared):
+        return
     work = case.work()
     floor, bound = ceilings.floor(work)
     head = {"op": case.op, "case": str(case), "shape": dict(case.shape), **work._asdict()}
     head |= {"floor": floor, "bound": bound}
+    begin(ARGUMENTS)
     try:
         arguments = Arguments.of(case)
     except Exception as error:  # too large for this device, say
-        yield {**head, "backend": dispatch.XLA, "failed": casebook.error_line(error)}
+        yield {**head, "backend": ARGUMENTS, "failed": casebook.error_line(error)}
         return
     head["buffers"] = len(arguments.sets)
-    want: Any = None
-    xla: float | None = None
-    # The definition goes first, also where it was not asked for: the others are checked against it.
+    yield from _backend_rows(case, arguments, head, names, known, begin)
+    if peers and compared:
+        begin(PEERS)
+        xla = known.get(dispatch.XLA, {}).get("seconds")
+        found = importlib.import_module(peers).peers(case)
+        yield from _peer_rows(case, found, arguments, head, xla)
+
+
+def runnable(case: Case, backends: Sequence[str]) -> list[str]:
+    """Backends (of these, if any) that run here. The definition goes first, also where it was not
+    asked for: the others are checked against it."""
     names = [name for name in casebook.backends(case.op) if dispatch.refusal(name) is None]
-    names.sort(key=lambda name: name != dispatch.XLA)
-    for backend in names:
-        if backends and backend not in (*backends, dispatch.XLA):
+    names = [name for name in names if not backends or name in (*backends, dispatch.XLA)]
+    return sorted(names, key=lambda name: name != dispatch.XLA)
+
+
+def _backend_rows(
+    case: Case,
+    arguments: Arguments,
+    head: dict[str, Any],
+    names: Sequence[str],
+    known: dict[str, Mapping[str, Any]],
+    begin: Callable[[str], None],
+) -> Iterator[dict[str, Any]]:
+    """Rows of the backends that `known` has not; it gets them."""
+    want: Any = None
+    for turn, backend in enumerate(names):
+        before = known.get(backend)
+        if before is not None and (backend != dispatch.XLA or "failed" in before):
             continue
+        begin(backend)
         row = {**head, "backend": backend}
+        # Each backend goes on in the rotation: what the one before it read last is in the cache.
+        first = turn * (2 * timing.REPEATS + 2)
         try:
             runner = Runner(case, backend, arguments)
             got = case.view(arguments.sets[0], runner(0))
             got = jax.tree.map(jnp.copy, got) if case.in_place else got  # the next call takes it
             if backend == dispatch.XLA:
-                want = got
+                want = jax.block_until_ready(got)
             else:
                 row |= _right(case, runner, got, want)
-            row |= _timed(timing.measure(runner), floor, xla)
+            if before is None:
+                xla = known.get(dispatch.XLA, {}).get("seconds")
+                took = timing.measure(lambda i, run=runner, first=first: run(first + i))
+                row |= _timed(took, head["floor"], xla)
         except dispatch.Unsupported as why:
             row["failed"] = f"Unsupported: {why}"
         except Exception as error:  # the next backend is timed all the same
             row["failed"] = casebook.error_line(error)
-        if backend == dispatch.XLA:
-            xla = row.get("seconds")
-        yield row
-    if peers:
-        yield from _peer_rows(
-            case, importlib.import_module(peers).peers(case), arguments, head, xla
-        )
+        if before is None or "failed" in row:
+            known[backend] = row
+            yield row
 
 
 def _right(case: Case, runner: Runner, got: Any, want: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.rows import Fp8Rows, Rows
 
 FP8_SIZES = (512, 64, 64)  # dims, rotary dims and group that the fp8 kernel is written for
-COMBINED = 16  # splits times heads that one program of `combine` reads at once, about
+COMBINED = 16  # splits times heads whose 512 dims one program of `combine` reads at once, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,14 @@ def _combine(sums: Array, stats: Array, sink: Array, dtype: Any, name: str) -> A
     batch, splits, heads, dims = sums.shape
     padded = 1 << (splits - 1).bit_length()
     tile = math.gcd(heads, max(1, COMBINED // padded))
+    width = math.gcd(dims, max(32, COMBINED * 512 // (padded * tile)))
     return jax_triton.triton_call(
         *(sums, stats, sink),
         kernel=kernels.combine,
         out_shape=jax.ShapeDtypeStruct((batch, heads, dims), dtype),
-        grid=(batch, heads // tile),
+        grid=(batch, heads // tile, dims // width),
         num_warps=4,
         name=f"{name}_combine",
-        **{"heads": heads, "dims": dims, "splits": splits, "padded": padded, "tile": tile},
+        **{"heads": heads, "dims": dims, "splits": splits, "padded": padded},
+        **{"tile": tile, "width": width},
     )

@@ -205,11 +205,12 @@ def combine(
     sink,  # float32 [heads]
     out,  # bfloat16 [B, heads, dims]
     heads: tl.constexpr, dims: tl.constexpr, splits: tl.constexpr, padded: tl.constexpr,
-    tile: tl.constexpr,
+    tile: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """`split_softmax.combine`: program (row, `tile` heads); `padded` is a power of two."""
+    """`split_softmax.combine`: program (row, `tile` heads, `width` dims); `padded` is a power of
+    two."""
     row, head = tl.program_id(0), tl.program_id(1) * tile + tl.arange(0, tile)
-    split, dim = tl.arange(0, padded), tl.arange(0, dims)
+    split, dim = tl.arange(0, padded), tl.program_id(2) * width + tl.arange(0, width)
     at = stats + ((row * splits + split) * 2 * heads)[:, None] + head[None, :]
     there = (split < splits)[:, None] & (head >= 0)[None, :]
     top = tl.load(at, mask=there, other=NO_SCORE)

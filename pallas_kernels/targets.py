@@ -138,7 +138,7 @@ def compile_for(
     abstract = AbstractDevice(device_kind=chip.kind, num_cores=chip.cores, platform=chip.platform)
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
     platform = "cuda" if chip.platform == "gpu" else chip.platform
-    with jax.sharding.use_abstract_mesh(mesh), _triton_compiles_for_hopper(), _said() as said:
+    with jax.sharding.use_abstract_mesh(mesh), triton_compiles_for_hopper(), _said() as said:
         traced = jax.jit(run, donate_argnums=tuple(donate)).trace(*jax.tree.map(placed, args))
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
     memory: Any = compiled.memory_analysis()
@@ -175,7 +175,7 @@ def _device(chip: Chip) -> Any:
 
 
 @contextlib.contextmanager
-def _triton_compiles_for_hopper() -> Iterator[None]:
+def triton_compiles_for_hopper() -> Iterator[None]:
     """jax-triton asks the driver which GPU there is; here there is none to ask."""
     if importlib.util.find_spec("jax_triton") is None:
         yield

@@ -15,8 +15,10 @@ from lsa_jax.cache.codec import DensePlanes
 from lsa_jax.cache.state import LayerState
 from lsa_jax.config import ComputeConfig
 from lsa_jax.nn import lightning_indexer, rope
-from lsa_jax.nn.attention import Attention, KeySet, sink_attention, visible_entries
+from lsa_jax.nn.attend_blocks import KeySet, sink_attention
+from lsa_jax.nn.attention import Attention
 from lsa_jax.nn.hyper_connections import Mixing
+from lsa_jax.nn.site import visible_entries
 from lsa_jax.nn.transformer import Block
 from tests.golden.loader import load_case
 from tests.parity_models import FLOAT32, UNOPTIMISED, empty, model_of

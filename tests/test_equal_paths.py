@@ -15,11 +15,11 @@ from hypothesis.extra import numpy as hnp
 
 from lsa_jax import quant
 from lsa_jax.cache import codec
-from lsa_jax.nn import attention, lightning_indexer, moe
-from lsa_jax.nn.attention import visible_entries
+from lsa_jax.nn import attend_blocks, moe
 from lsa_jax.nn.layers import Leaves
 from lsa_jax.nn.lightning_indexer import index_scores, topk_indices, topk_mask
 from lsa_jax.nn.moe import Experts, Routing
+from lsa_jax.nn.site import visible_entries
 from lsa_jax.parameters import parameter_table
 from tests.golden.loader import load_case
 from tests.parity_models import (
@@ -61,9 +61,9 @@ def prefilled_twice(extend: Callable) -> list[np.ndarray]:
 def test_prefill_masks_or_gathers_entries_in_blocks_of_any_size(
     monkeypatch: pytest.MonkeyPatch, dense_limit: int, window_block: int, block_bytes: int
 ):
-    monkeypatch.setattr(attention, "DENSE_LIMIT", dense_limit)
-    monkeypatch.setattr(attention, "WINDOW_BLOCK", window_block)
-    monkeypatch.setattr(attention, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(attend_blocks, "DENSE_LIMIT", dense_limit)
+    monkeypatch.setattr(attend_blocks, "WINDOW_BLOCK", window_block)
+    monkeypatch.setattr(attend_blocks, "BLOCK_BYTES", block_bytes)
     want = SMALL.outputs["logits"]
     for got, expected in zip(prefilled_twice(fresh_extend()), want, strict=True):
         close(got, expected, LOGITS_ERROR)
@@ -94,24 +94,22 @@ def test_an_entry_is_visible_from_its_last_token_on(ratio: int):
 
 
 @pytest.mark.parametrize("kv_format", ["float32", "fp8"])
-def test_index_scores_do_not_depend_on_how_keys_are_blocked(
-    monkeypatch: pytest.MonkeyPatch, kv_format
-):
+def test_index_scores_are_head_weighted_sums_over_stored_keys(kv_format):
     rng = np.random.default_rng(0)
     q, w, keys = (
         jnp.asarray(rng.normal(size=shape), jnp.float32)
         for shape in ((2, 3, 4, 16), (2, 3, 4), (2, 45, 16))
     )
     planes = codec.encode_keys(kv_format, keys)
-    want = index_scores(q, w, planes)
+    scores = index_scores(q, w, planes)
     decoded, scale = codec.decode_keys(planes, jnp.float32)
     factor = 1.0 if scale is None else np.asarray(scale)[:, None]
     dots = np.maximum(np.einsum("bthk,bnk->bthn", q, decoded), 0)
-    close(want, np.einsum("bthn,bth->btn", dots, w) * factor, PATH_ERROR)
-    row_bytes = 2 * 3 * 4 * 45 * 4  # scores of all heads and keys
-    for limit in (row_bytes // 2, row_bytes // 7, row_bytes // 45, 1):  # 2, 8, 45 and 45 blocks
-        monkeypatch.setattr(lightning_indexer, "SCORE_BLOCK_BYTES", limit)
-        close(index_scores(q, w, planes), want, PATH_ERROR)
+    want = np.einsum("bthn,bth->btn", dots, w) * factor
+    close(scores, want, PATH_ERROR)
+    seen = jnp.asarray([[0, 3, 45], [44, 45, 1]], jnp.int32)
+    hidden = np.arange(45) >= np.asarray(seen)[..., None]
+    close(index_scores(q, w, planes, seen), np.where(hidden, -np.inf, want), PATH_ERROR)
 
 
 def top_k_set(scores: np.ndarray, visible: np.ndarray, k: int) -> np.ndarray:

@@ -11,11 +11,11 @@ import pytest
 
 from lsa_jax.cache.state import write_pages
 from lsa_jax.config import ComputeConfig
-from lsa_jax.nn import compressor
-from lsa_jax.nn.attention import Attention
+from lsa_jax.nn import attend_blocks
 from lsa_jax.nn.layers import Leaves, take_rows
 from lsa_jax.nn.moe import Moe
 from lsa_jax.parameters import parameter_table
+from pallas_kernels.compress import reference as compress_reference
 from pallas_kernels.hc_mix import reference
 from tests import small_model
 from train.pretraining import lm_init, lm_step, sequence
@@ -75,7 +75,7 @@ def test_the_gradient_of_aligned_windows_takes_each_slot_back_to_its_token():
     ratio, tokens = 4, 9
     x = jnp.asarray(rng.normal(size=(4, tokens, 3)), jnp.float32)
     offset = jnp.arange(4)
-    got, pull = jax.vjp(lambda x: compressor._align(x, offset, ratio, -7.0), x)
+    got, pull = jax.vjp(lambda x: compress_reference.into_windows(x, offset, ratio, -7.0), x)
     slots = np.asarray(got).reshape(4, -1, 3)
     cotangent = rng.normal(size=got.shape).astype(np.float32)
     back, given = np.asarray(pull(jnp.asarray(cotangent))[0]), cotangent.reshape(slots.shape)
@@ -106,7 +106,7 @@ def test_each_group_of_queries_has_the_window_before_it_and_its_own_keys(window,
     rng = np.random.default_rng(0)
     past = jnp.asarray(rng.normal(size=(2, window, 3)), jnp.float32)
     kv = jnp.asarray(rng.normal(size=(2, 7, 3)), jnp.float32)
-    keys, _ = Attention._window_keys(past, kv, jnp.array([0, 20]), 8, step)
+    keys, _ = attend_blocks.window_keys(past, kv, jnp.array([0, 20]), 8, step)
     band = np.concatenate([past, kv, np.zeros((2, 1, 3))], axis=1)
     want = np.stack([band[:, at : at + window + step] for at in (0, 4)], axis=1)
     np.testing.assert_array_equal(keys, want)

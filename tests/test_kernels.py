@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch
+from pallas_kernels import casebook, dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_mosaic
 from pallas_kernels.hc_mix import hc_mix
@@ -96,40 +96,60 @@ def test_a_named_backend_never_falls_back(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
     backends = {"xla": lambda: "definition", "mosaic_gpu": decline("too small")}
     with pytest.raises(dispatch.Unsupported, match="mosaic_gpu: too small"):
-        dispatch.run(backends, "mosaic_gpu")
+        dispatch.run("hc_mix", backends, "mosaic_gpu")
 
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(dispatch.Unsupported, match="got 'cuda'"):
-        dispatch.run({"xla": lambda: "definition"}, "cuda")
+        dispatch.run("hc_mix", {"xla": lambda: "definition"}, "cuda")
 
 
 def test_a_backend_that_an_operation_has_not_is_refused_by_name(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
-    with pytest.raises(dispatch.Unsupported, match=r"has \('xla',\), not 'mosaic_gpu'"):
-        dispatch.run({"xla": lambda: "definition"}, "mosaic_gpu")
+    with pytest.raises(dispatch.Unsupported, match=r"hc_mix has \('xla',\), not 'mosaic"):
+        dispatch.run("hc_mix", {"xla": lambda: "definition"}, "mosaic_gpu")
 
 
-def test_a_kernel_that_has_not_proved_itself_runs_only_by_name(monkeypatch) -> None:
+def test_a_kernel_that_is_not_in_the_table_of_defaults_runs_only_by_name(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
     backends = {"xla": lambda: "definition", "mosaic_gpu": lambda: "kernel"}
-    assert dispatch.run(backends, None) == "kernel"
-    assert dispatch.run(backends, None, by_name=("mosaic_gpu",)) == "definition"
-    assert dispatch.run(backends, "mosaic_gpu", by_name=("mosaic_gpu",)) == "kernel"
+    assert dispatch.run("hc_mix", backends, None) == "kernel"
+    monkeypatch.setattr(dispatch, "DEFAULTS", {"hc_mix": {"tpu": ("mosaic_gpu",)}})
+    assert dispatch.run("hc_mix", backends, None) == "definition"
+    assert dispatch.run("hc_mix", backends, "mosaic_gpu") == "kernel"
 
 
-def test_a_program_for_another_device_takes_that_devices_kernels() -> None:
+def test_the_table_of_defaults_names_every_operation_and_kernels_that_they_have() -> None:
+    """Some folders have a second function, or a second kind of call."""
+    second = {"compress_token", "expert_matmul", "page_scatter"}
+    assert dispatch.DEFAULTS.keys() == {*casebook.operations(), *second}
+    for op in casebook.operations():
+        for kind, names in dispatch.DEFAULTS[op].items():
+            assert kind in (dispatch.HOPPER, dispatch.GPU, dispatch.TPU)
+            assert set(names) <= set(casebook.backends(op)) - {"xla"}
+
+
+def test_a_models_backend_is_asked_for_only_where_an_operation_has_it() -> None:
+    assert dispatch.of_model(("xla", "triton"), "triton") == "triton"
+    assert dispatch.of_model(("xla", "triton"), "xla") == "xla"
+    assert dispatch.of_model(("xla", "triton"), "mosaic_gpu") is None
+    assert dispatch.of_model(("xla", "triton"), None) is None
+
+
+def test_a_program_for_another_device_takes_that_devices_defaults() -> None:
     device = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=1, platform="tpu")
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=auto, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert dispatch.default_order(dispatch.BACKENDS) == ("mosaic_tpu", "xla")
+        assert dispatch.kind_of(dispatch.target()) == dispatch.TPU
+        for op in dispatch.DEFAULTS:
+            assert dispatch.default_order(op, dispatch.BACKENDS) == ("xla",)  # none measured there
 
 
 def test_without_a_name_the_next_backend_takes_what_one_declines(monkeypatch) -> None:
     monkeypatch.setattr(dispatch, "target", lambda: HOPPER)
     backends = {"xla": lambda: "definition", "mosaic_gpu": decline("too small")}
-    assert dispatch.run(backends, None) == "definition"
+    assert dispatch.run("hc_mix", backends, None) == "definition"
 
 
 def test_a_bug_in_a_kernel_is_not_a_reason_to_fall_back(monkeypatch) -> None:
@@ -139,7 +159,7 @@ def test_a_bug_in_a_kernel_is_not_a_reason_to_fall_back(monkeypatch) -> None:
         raise NotImplementedError("a primitive has no rule")
 
     with pytest.raises(NotImplementedError):
-        dispatch.run({"xla": lambda: "definition", "mosaic_gpu": broken}, None)
+        dispatch.run("hc_mix", {"xla": lambda: "definition", "mosaic_gpu": broken}, None)
 
 
 def test_a_backend_for_another_device_is_refused() -> None:
@@ -148,4 +168,4 @@ def test_a_backend_for_another_device_is_refused() -> None:
 
 
 def test_a_cpu_runs_the_definitions() -> None:
-    assert dispatch.default_order(dispatch.BACKENDS) == ("xla",)
+    assert {dispatch.default_order(op, dispatch.BACKENDS) for op in dispatch.DEFAULTS} == {("xla",)}

@@ -26,6 +26,7 @@ def child(count: int, *args: str) -> str:
     """Output of `lsa_on_mesh.py` on so many fake devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of XLA's: most of the time is its compilation
     command = [sys.executable, "-W", "error", str(ROOT / "tests/lsa_on_mesh.py"), *args]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -26,6 +26,8 @@ from tests.lsa_models import (
     teacher_forced,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Two compilations of the same sums: other fusions. Measured 8e-7 on logits of about 1.
 FUSION = 2e-6
 

@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.util
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lsa_jax.config import ConfigError
 from lsa_jax.planning import aot
@@ -21,6 +23,16 @@ TPU = pytest.mark.skipif(
     not aot.has_compiler(DEVICES["v5e"]), reason="compiling for TPUs needs the package libtpu"
 )
 GENERATIONS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:1x1x1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_kept():
+    """JAX's cache takes programs for devices that are not here, and then cannot load them."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lsa_jax.checks import identities, kernels, memory, parity
 from lsa_jax.checks.finding import Finding
 from lsa_jax.lsa import boundary
 from lsa_jax.lsa.host_memory import HostMemory
-from lsa_jax.nn import attention
+from lsa_jax.nn import attend_blocks
 from pallas_kernels import casebook, timing
 
 
@@ -115,13 +115,13 @@ def test_the_report_is_text_and_json_and_the_exit_code_says_what_holds(
 @pytest.mark.slow
 def test_parity_holds_and_fails_when_attention_loses_its_sinks(monkeypatch):
     assert broken(parity.parity()) == []
-    sink = attention.sink_attention
+    sink = attend_blocks.sink_attention
 
     def without(q: Any, sets: Any, sink_logit: Any, scale: float) -> Any:
         return sink(q, sets, jnp.full_like(sink_logit, -1e9), scale)
 
     jax.clear_caches()
-    monkeypatch.setattr(attention, "sink_attention", without)
+    monkeypatch.setattr(attend_blocks, "sink_attention", without)
     assert len(broken(parity.parity())) == 2
 
 

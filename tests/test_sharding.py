@@ -29,6 +29,7 @@ def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("eight")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of XLA's: most of the time is its compilation
     command = [sys.executable, "-W", "error", str(ROOT / "tests/eight_devices.py"), str(directory)]
     child = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr

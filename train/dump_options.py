@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -173,7 +173,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     group.add_argument("--kv", choices=("auto", *_KV_FORMATS), default="auto")
     group.add_argument("--simulate-quant", choices=("off", "kv", "all"), default="off")
-    group.add_argument("--backend", choices=("auto", "xla", "mosaic_gpu"), default="auto")
+    group.add_argument("--backend", choices=get_args(Backend), default="auto")
     group.add_argument("--prefill-chunk", type=_positive, default=1024)
     group.add_argument("--page-entries", type=_positive, default=CacheConfig.page_entries)
     group.add_argument("--mesh", type=_mesh, metavar="DATA,EXPERT,TENSOR")

@@ -16,8 +16,8 @@ from lsa_jax.lsa.config import Arm, LsaConfig
 from lsa_jax.lsa.level2 import Level2, LsaState
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from lsa_jax.lsa.policy import PolicyConfig
-from lsa_jax.nn.attention import visible_entries
 from lsa_jax.nn.lightning_indexer import topk_mask
+from lsa_jax.nn.site import visible_entries
 from lsa_jax.nn.transformer import DeepSeekV4
 
 OBSERVING: tuple[Arm, ...] = ("snapkv", "lagged")  # arms that count what a prompt's end looked at
@@ -52,7 +52,8 @@ def scores(
     pages = plan.pages_of(state)
     if lsa.arm == "lsa":
         assert indexer is not None
-        return indexer.ensemble(indexer(state.hidden, state.lengths - 1, keys))
+        at, backend = state.lengths - 1, model.compute.kernel_backend
+        return indexer.ensemble(indexer(state.hidden, at, keys, backend=backend))
     if lsa.arm == "recency":
         newest = jnp.arange(pages, dtype=jnp.float32)
         return jnp.broadcast_to(newest, (state.lengths.shape[0], pages))

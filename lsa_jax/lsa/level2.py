@@ -212,7 +212,8 @@ def native_scores(
     assert attn.indexer is not None and layer.index_keys is not None
     latent = attn.latent_query(x[:, None])
     q, w = attn.indexer.queries(latent, x[:, None], positions[:, None])
-    return score_keys(q[:, 0], w[:, 0], flat_entries(layer.index_keys))
+    keys = flat_entries(layer.index_keys)
+    return score_keys(q[:, 0], w[:, 0], keys, backend=attn.backend)
 
 
 def _pages(pages: Int[Array, "B K"], plane: Array) -> Array:

@@ -9,7 +9,6 @@ with queries through a low rank, RMSNorm, RoPE at the token's absolute position 
 rotation that stored keys already have. An all-zero key has logit 0 and probability exactly 0.5.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -21,11 +20,11 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from lsa_jax import quant
 from lsa_jax.cache import codec
 from lsa_jax.lsa.indexer_config import ENSEMBLE_LEAF, IndexerConfig, leaf_name, leaf_shapes
-from lsa_jax.nn import rope
-from lsa_jax.nn.layers import matmul, precision, rms_normalise
+from lsa_jax.nn import planes, rope
+from lsa_jax.nn.layers import matmul, rms_normalise
+from pallas_kernels import dispatch, index_score
 
-SCORE_BLOCK_BYTES = 32 << 20  # per-head scores held at once: large enough to keep a GPU busy
-_BLOCK_MULTIPLE = 128  # keys in a block come in multiples of this, for the matrix units
+SCORE_BLOCK_BYTES = index_score.reference.DECODE_BLOCK_BYTES
 
 
 def rope_frequencies(cfg: IndexerConfig) -> np.ndarray:
@@ -54,59 +53,24 @@ def random_leaves(
     return leaves
 
 
-def _score_block(
-    q: Float[Array, "B H K"], w: Float[Array, "B H"], planes: codec.Planes
-) -> Float[Array, "B N"]:
-    """Logits of one block of keys, float32. A key's scale is positive: relu lets it through."""
-    dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.bfloat16  # holds e4m3 exactly
-    keys, scale = codec.decode_keys(planes, dtype)
-    dots = jnp.einsum(
-        "bhk,bnk->bhn",
-        q.astype(dtype),
-        keys,
-        precision=precision(dtype),
-        preferred_element_type=jnp.float32,
-    )
-    logits = jnp.sum(jax.nn.relu(dots) * w[..., None], axis=1)
-    return logits if scale is None else logits * scale
-
-
-def _rows(plane: Array, start: Array, count: int) -> Array:
-    """Rows of axis 1. One-byte floats are cut out as bytes: CPU compilers would otherwise convert
-    the whole plane first."""
-    if plane.dtype == jnp.float8_e4m3fn:
-        codes = _rows(jax.lax.bitcast_convert_type(plane, jnp.uint8), start, count)
-        return jax.lax.bitcast_convert_type(codes, plane.dtype)
-    return jax.lax.dynamic_slice_in_dim(plane, start, count, axis=1)
-
-
 def score_keys(
     q: Float[Array, "B H K"],
     w: Float[Array, "B H"],
-    planes: codec.Planes,
+    keys: codec.Planes,
     *,
-    block_bytes: int = SCORE_BLOCK_BYTES,
+    backend: str | None = None,
+    block_bytes: int | None = None,
 ) -> Float[Array, "B N"]:
-    """sum_h w[h] * relu(q[h] . k) for N keys, float32, in blocks of keys.
-
-    `q` is float32, bfloat16 or e4m3 (whose scales are in `w`); keys are decoded block by block, in
-    float32 for float32 queries, else in bfloat16. One block's per-head scores take at most about
-    `block_bytes`. The last block begins early enough to be full: it repeats some of the one before.
-    """
-    n = jax.tree.leaves(planes)[0].shape[1]
-    most = max(1, block_bytes // (4 * math.prod(q.shape[:2])))
-    if n <= most:
-        return _score_block(q, w, planes)
-    block = -(-n // -(-n // most))
-    block = min(n, -(-block // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE)
-
-    def score(i: Int[Array, ""], out: Array) -> Array:
-        start = jnp.minimum(i * block, n - block)
-        part = jax.tree.map(lambda plane: _rows(plane, start, block), planes)
-        return jax.lax.dynamic_update_slice_in_dim(out, _score_block(q, w, part), start, 1)
-
-    out = jnp.zeros((q.shape[0], n), jnp.float32)
-    return jax.lax.fori_loop(0, -(-n // block), score, out)
+    """sum_h w[h] * relu(q[h] . k) for N keys, float32. `q` is float32, bfloat16 or e4m3 (whose
+    scales are in `w`). `backend` is a model's: see `dispatch.of_model`. With `block_bytes` it is
+    the definition, whose per-head scores take at most about that much at once."""
+    values, scale = planes.keys(keys)
+    q, w = q[:, None], w[:, None]
+    if block_bytes is not None:
+        inputs = (q, w, values, scale, None, None)
+        return index_score.reference.index_score(*inputs, block_bytes=block_bytes)[:, 0]
+    backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
+    return index_score.index_score(q, w, values, scale, backend=backend)[:, 0]
 
 
 class Retriever(nnx.Module):
@@ -182,28 +146,41 @@ class MemoryIndexer(nnx.Module):
         return codes.values, w * codes.scale
 
     def layer_logits(
-        self, i: int, x: Float[Array, "B D"], positions: Int[Array, " B"], keys: codec.Planes
+        self,
+        i: int,
+        x: Float[Array, "B D"],
+        positions: Int[Array, " B"],
+        keys: codec.Planes,
+        *,
+        backend: str | None = None,
     ) -> Float[Array, "B N"]:
         """Logits of the i-th target layer for its own N index keys (planes [B, N, ...]), float32.
 
         Any N; entries that do not exist yet are scored like others and are the caller's to drop.
         """
         q, w = self.queries(i, x, positions)
-        return score_keys(q, w, keys)
+        return score_keys(q, w, keys, backend=backend)
 
     def __call__(
         self,
         hidden: Float[Array, "L B D"],
         positions: Int[Array, " B"],
         keys: Sequence[codec.Planes],
+        *,
+        backend: str | None = None,
     ) -> Float[Array, "L B N"]:
-        """Logits of all target layers: `hidden[l]` and `keys[l]` are those of target layer l."""
+        """Logits of all target layers: `hidden[l]` and `keys[l]` are those of target layer l.
+        `backend` is the model's."""
         count = len(self.cfg.target_layers)
         if hidden.shape[0] != count or len(keys) != count:
             got = f"got {hidden.shape[0]} and {len(keys)}"
             raise ValueError(f"hidden and keys must be those of {count} target layers, {got}")
-        layers = range(count)
-        return jnp.stack([self.layer_logits(i, hidden[i], positions, keys[i]) for i in layers])
+        return jnp.stack(
+            [
+                self.layer_logits(i, hidden[i], positions, keys[i], backend=backend)
+                for i in range(count)
+            ]
+        )
 
     def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
         """Probability of each entry: max or mean of the layers' sigmoids, or, learned, the sigmoid

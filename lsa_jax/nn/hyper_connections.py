@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 
 from lsa_jax.config import ComputeConfig, ModelConfig
 from lsa_jax.nn.layers import Leaves, matmul
-from pallas_kernels.hc_mix import hc_mix
+from pallas_kernels import dispatch
+from pallas_kernels.hc_mix import IMPLEMENTATIONS, hc_mix
 
 
 class Mixing(NamedTuple):
@@ -66,7 +67,7 @@ class HyperConnection(nnx.Module):
             streams=n,
             iterations=self.cfg.hc_sinkhorn_iters,
             eps=self.cfg.hc_eps,
-            backend=self.backend,
+            backend=dispatch.of_model(IMPLEMENTATIONS, self.backend),
         ).reshape(z.shape)
         comb = mixed[..., 2 * n :].reshape(*z.shape[:-1], n, n)
         return Mixing(mixed[..., :n], mixed[..., n : 2 * n], comb)

@@ -1,5 +1,6 @@
 """Leaves -> modules: the parameter view, linear maps over dense, fp8 or fp4 weights, RMSNorm."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,9 @@ from jaxtyping import Array, Float, Int
 from lsa_jax import quant
 from lsa_jax.config import ComputeConfig
 from lsa_jax.parameters import ParamSpec
+from pallas_kernels import dispatch, quant_matmul
+
+FEW_ROWS = 256  # up to which reading a weight takes longer than multiplying with it
 
 Leaf = Any  # jax.Array, or jax.ShapeDtypeStruct while a model is being planned
 
@@ -117,7 +121,17 @@ class Linear(nnx.Module):
         """x times the weight, in x's dtype or `out_dtype`; sums are float32."""
         if self.simulate:
             x = quant.fp8_round(x, group=128)
-        return matmul(x, self.dense(x.dtype), out_dtype)
+        rows = math.prod(x.shape[:-1])
+        if self.scale is None or rows > FEW_ROWS:
+            return matmul(x, self.dense(x.dtype), out_dtype)
+        y = quant_matmul.quant_matmul(
+            x.reshape(rows, self.in_features),
+            self.weight[...],
+            self.scale[...],
+            out_dtype=out_dtype,
+            backend=dispatch.of_model(quant_matmul.IMPLEMENTATIONS, self.compute.kernel_backend),
+        )
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def rms_normalise(x: Array, eps: float, weight: Array | None = None) -> Array:

@@ -10,43 +10,29 @@ from lsa_jax import quant
 from lsa_jax.cache import codec
 from lsa_jax.cache.state import Tail
 from lsa_jax.config import ComputeConfig, ModelConfig
+from lsa_jax.nn import planes as to_planes
 from lsa_jax.nn import rope
 from lsa_jax.nn.compressor import Compressor, NewEntries
-from lsa_jax.nn.layers import Leaves, Linear, precision
-
-SCORE_BLOCK_BYTES = 1 << 30  # per-head scores held at once; larger histories are scored in blocks
-
-
-def _score_block(q: Array, w: Array, keys: Array) -> Float[Array, "B T N"]:
-    """sum_h w[h] * relu(q[h] . k) over one block of keys. Heads lead in the intermediate, so that
-    their sum reads it in the order in which the matmul wrote it."""
-    dots = jnp.einsum(
-        "bthk,bnk->hbtn",
-        q,
-        keys,
-        precision=precision(q.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return jnp.sum(jax.nn.relu(dots) * jnp.moveaxis(w, 2, 0)[..., None], axis=0)
+from lsa_jax.nn.layers import Leaves, Linear
+from pallas_kernels import dispatch, index_score, top_k
 
 
 def index_scores(
-    q: Float[Array, "B T H K"], w: Float[Array, "B T H"], planes: codec.Planes
+    q: Float[Array, "B T H K"],
+    w: Float[Array, "B T H"],
+    planes: codec.Planes,
+    lengths: Int[Array, " B"] | Int[Array, "B T"] | None = None,
+    *,
+    backend: str | None = None,
 ) -> Float[Array, "B T N"]:
-    """Scores of N index keys, float32 (5.1), in blocks of keys so that memory stays bounded."""
-    keys, scale = codec.decode_keys(planes, q.dtype)
-    batch, tokens, heads, _ = q.shape
-    n = keys.shape[1]
-    blocks = min(n, -(-batch * tokens * heads * n * 4 // SCORE_BLOCK_BYTES))
-    if blocks <= 1:
-        scores = _score_block(q, w, keys)
-    else:
-        size = -(-n // blocks)
-        keys = jnp.pad(keys, ((0, 0), (0, size * blocks - n), (0, 0)))
-        keys = keys.reshape(batch, blocks, size, -1).swapaxes(0, 1)
-        scores = jax.lax.map(lambda block: _score_block(q, w, block), keys)
-        scores = jnp.moveaxis(scores, 0, 2).reshape(batch, tokens, -1)[..., :n]
-    return scores if scale is None else scores * scale[:, None]
+    """Scores of N index keys, float32 (5.1): sum_h w[h] * relu(q[h] . k).
+
+    With `lengths` a query sees that many keys only; the others, which kernels then do not read,
+    score -inf. `backend` is a model's: see `dispatch.of_model`.
+    """
+    keys, scale = to_planes.keys(planes)
+    backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
+    return index_score.index_score(q, w, keys, scale, lengths=lengths, backend=backend)
 
 
 def _one_zero(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
@@ -65,7 +51,9 @@ def topk_mask(
 ) -> Bool[Array, "*n N"]:
     """The k highest visible scores of each row, equal scores by lowest index; fewer if fewer exist.
 
-    Finds the k-th score four bits at a time from counts: no sort, eight reads of the row.
+    Finds the k-th score four bits at a time from counts: no sort, eight reads of the row. This is
+    no copy of `pallas_kernels.top_k`: where all entries are read anyway and only weighed by the
+    mask, indices would have to be scattered back into one.
     """
     order = jnp.where(visible, _sortable(scores), 0)
     digits = jnp.arange(1, 16, dtype=jnp.uint32)
@@ -84,12 +72,22 @@ def topk_mask(
 
 
 def topk_indices(
-    scores: Float[Array, "*n N"], visible: Bool[Array, "*n N"], k: int
+    scores: Float[Array, "*n N"],
+    visible: Int[Array, "*n"] | Bool[Array, "*n N"],
+    k: int,
+    *,
+    backend: str | None = None,
 ) -> tuple[Int[Array, "*n k"], Bool[Array, "*n k"]]:
-    """The same set as `topk_mask`, as indices and their validity."""
-    order = jnp.where(visible, _one_zero(scores), -jnp.inf)
-    values, index = jax.lax.top_k(order, min(k, scores.shape[-1]))
-    return index, values > -jnp.inf
+    """The same set as `topk_mask`, as indices and their validity: min(k, N) places, those that are
+    filled first. `visible` marks entries, or counts a row's first ones. Only with backend "xla" are
+    places in order of falling score.
+    """
+    lead, n = scores.shape[:-1], scores.shape[-1]
+    visible = visible.reshape(-1, n) if visible.ndim == scores.ndim else visible.reshape(-1)
+    backend = dispatch.of_model(top_k.IMPLEMENTATIONS, backend)
+    found = top_k.top_k(scores.reshape(-1, n), visible, min(k, n), backend=backend)
+    index, valid = (x.reshape(*lead, -1) for x in found)
+    return index, valid
 
 
 class LightningIndexer(nnx.Module):

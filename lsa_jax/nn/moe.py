@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from lsa_jax import quant
 from lsa_jax.config import ComputeConfig, MlpType, ModelConfig
 from lsa_jax.nn.layers import Leaves, Linear, matmul, precision
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, quant_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 MANY_ROWS = 16  # rows an expert gets on average from which sorting them for a kernel pays
@@ -81,8 +81,8 @@ class Router(nnx.Module):
 class ExpertWeights(nnx.Module):
     """One stacked expert matrix [E, out, in], dense or quantised."""
 
-    def __init__(self, leaves: Leaves):
-        self.shape = leaves.spec("weight").shape
+    def __init__(self, leaves: Leaves, backend: str | None):
+        self.shape, self.backend = leaves.spec("weight").shape, backend
         self.weight, self.scale = leaves.param("weight"), leaves.scale()
 
     def leaves(self) -> tuple[Array, Array | None]:
@@ -93,15 +93,13 @@ class ExpertWeights(nnx.Module):
         """x[s] . W[experts[s]]^T in float32 as one multiply-and-reduce over gathered rows, so that
         a compiler reads each stored row once and never writes a gathered or dequantised copy."""
         weight, scale = self.leaves()
-        x = x.astype(jnp.float32)[:, None]
-        if weight.dtype != jnp.uint8 or scale is None:
-            picked = None if scale is None else scale[experts]
-            dense = quant.dequantise(weight[experts], picked, self.shape[-1], jnp.float32)
-            return jnp.sum(dense * x, axis=-1)
-        even, odd = quant.unpack_fp4(weight[experts], jnp.float32)
-        factor = jnp.repeat(quant.e8m0_to_f32(scale[experts]), quant.FP4_GROUP // 2, axis=-1)
-        products = even * x[..., ::2] + odd * x[..., 1::2]
-        return jnp.sum(products * factor[..., : products.shape[-1]], axis=-1)
+        if scale is not None and self.shape[-1] % quant.FP4_GROUP == 0:
+            backend = dispatch.of_model(quant_matmul.EXPERT_IMPLEMENTATIONS, self.backend)
+            return quant_matmul.expert_matmul(x, experts, weight, scale, backend=backend)
+        # Dense, or, in the smallest models only, with a last group of scales that is not full.
+        picked = None if scale is None else scale[experts]
+        dense = quant.dequantise(weight[experts], picked, self.shape[-1], jnp.float32)
+        return jnp.sum(dense * x.astype(jnp.float32)[:, None], axis=-1)
 
 
 class Mlp(nnx.Module):
@@ -125,9 +123,9 @@ class Experts(nnx.Module):
     def __init__(self, leaves: Leaves, cfg: ModelConfig, compute: ComputeConfig):
         self.cfg, self.simulate = cfg, compute.simulate_activations
         self.backend = compute.kernel_backend
-        self.w1 = ExpertWeights(leaves.sub("w1"))
-        self.w2 = ExpertWeights(leaves.sub("w2"))
-        self.w3 = ExpertWeights(leaves.sub("w3"))
+        self.w1 = ExpertWeights(leaves.sub("w1"), self.backend)
+        self.w2 = ExpertWeights(leaves.sub("w2"), self.backend)
+        self.w3 = ExpertWeights(leaves.sub("w3"), self.backend)
 
     def _round(self, x: Array) -> Array:
         return quant.fp8_round(x, group=128) if self.simulate else x
@@ -155,7 +153,8 @@ class Experts(nnx.Module):
         if tokens * k < MANY_ROWS * self.cfg.n_routed_experts:
             return self.rounds(x, routing)
         paths = {dispatch.XLA: self.rounds, dispatch.MOSAIC_GPU: self.grouped}
-        return dispatch.run(paths, self.backend, x, routing)
+        backend = dispatch.of_model(paths, self.backend)
+        return dispatch.run("grouped_matmul", paths, backend, x, routing)
 
     def gathered(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         """Each (token, expert) pair reads its expert's rows, GATHER_BYTES of them at a time."""

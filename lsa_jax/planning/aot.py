@@ -5,6 +5,7 @@ needs the hardware; `lsa_jax.plan` sets what libtpu reads from its process's env
 compilers say of memory is what they say on the hardware.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lsa_jax import shardings
 from lsa_jax.config import ConfigError
 from lsa_jax.planning.case import MeshShape
 from lsa_jax.planning.hardware import Device, Topology
-from pallas_kernels.targets import describe_hopper
+from pallas_kernels.targets import describe_hopper, triton_compiles_for_hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Target:
     def compile(self, traced: Callable[[], Any]) -> Any:
         """Compiles what `traced` traces, with this mesh in use."""
         # Autotuning runs kernels, which needs a GPU.
-        options = {"xla_gpu_autotune_level": 0} if self.platform == "cuda" else None
-        with jax.set_mesh(self.mesh):
+        cuda = self.platform == "cuda"
+        options = {"xla_gpu_autotune_level": 0} if cuda else None
+        triton = triton_compiles_for_hopper if cuda else contextlib.nullcontext
+        with jax.set_mesh(self.mesh), triton():
             lowered = traced().lower(lowering_platforms=(self.platform,))
             return lowered.compile(compiler_options=options)
 

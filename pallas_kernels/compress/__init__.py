@@ -16,7 +16,6 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.TRITON: triton_gpu.compress,
     dispatch.MOSAIC_TPU: mosaic_tpu.compress,
 }
-UNMEASURED = (dispatch.TRITON, dispatch.MOSAIC_TPU)
 
 
 def _check(
@@ -73,11 +72,13 @@ def compress(
     (T + ratio - 2) // ratio + 1; row b owns the first count[b] of them, from entry first[b], and
     the others are entries of zeros. `layout` is "float32", "bfloat16" or "fp8" (`rows.Fp8Rows`,
     with one scale per `group` dims). `aligned` promises that every start is a multiple of ratio.
-    A named backend runs or raises Unsupported.
+    A named backend runs or raises Unsupported. Without one, chunks and single tokens have defaults
+    of their own.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
     _check(value, gate, tail, norm, freqs, ape, ratio)
     static = {"ratio": ratio, "eps": eps, "layout": layout, "group": group, "aligned": aligned}
     args = (value, gate, start, count, tail, norm, freqs, ape)
-    return dispatch.run(IMPLEMENTATIONS, backend, *args, by_name=UNMEASURED, **static)
+    op = "compress" if value.shape[1] > 1 else "compress_token"
+    return dispatch.run(op, IMPLEMENTATIONS, backend, *args, **static)

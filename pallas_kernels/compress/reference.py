@@ -4,6 +4,7 @@ Softmax statistics of disjoint token sets merge exactly as the sets do, so a win
 earlier chunk continues from the three numbers per channel that the tail carries.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -65,13 +66,38 @@ def masked(
     return jnp.where(seen, value, 0.0), jnp.where(seen, gate, EMPTY)
 
 
-def _into_windows(x: Array, offset: Array, ratio: int, fill: float) -> Float[Array, "B w m k"]:
-    """Token t of a row at place offset + t of whole windows, by one slice of a padded copy."""
+def _slices(x: Float[Array, "B S k"], start: Int[Array, " B"], size: int) -> Float[Array, "B s k"]:
+    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0))
+    return cut(x, start)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def into_windows(
+    x: Float[Array, "B T k"], offset: Int[Array, " B"], ratio: int, fill: float
+) -> Float[Array, "B w m k"]:
+    """Token t of a row at place offset + t of whole windows, by one slice of a padded copy.
+
+    Reverse mode takes the places back by slices too; XLA would add them up one by one.
+    """
     batch, tokens, width = x.shape
     total = slots(tokens, ratio) * ratio
     padded = jnp.pad(x, ((0, 0), (ratio - 1, total - tokens), (0, 0)), constant_values=fill)
-    cut = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, total, axis=0))
-    return cut(padded, ratio - 1 - offset).reshape(batch, -1, ratio, width)
+    return _slices(padded, ratio - 1 - offset, total).reshape(batch, -1, ratio, width)
+
+
+def _forward(x: Array, offset: Array, ratio: int, fill: float) -> tuple[Array, tuple[Array, Array]]:
+    return into_windows(x, offset, ratio, fill), (x, offset)
+
+
+def _backward(
+    ratio: int, fill: float, kept: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None]:
+    del ratio, fill
+    x, offset = kept
+    return _slices(cotangent.reshape(x.shape[0], -1, x.shape[2]), offset, x.shape[1]), None
+
+
+into_windows.defvjp(_forward, _backward)
 
 
 def angles(first: Array, entries: int, ratio: int, freqs: Array) -> tuple[Array, Array]:
@@ -144,8 +170,8 @@ def compress(
         value, gate = value[:, :, None], gate[:, :, None]
     else:
         offset = start % ratio
-        value = _into_windows(value, offset, ratio, 0.0)
-        gate = _into_windows(gate, offset, ratio, EMPTY)
+        value = into_windows(value, offset, ratio, 0.0)
+        gate = into_windows(gate, offset, ratio, EMPTY)
     stats = statistics(value, gate)
     stats = stats.at[:, 0].set(merge(tail.current, stats[:, 0]))
     first, done = start // ratio, (start + count) // ratio - start // ratio

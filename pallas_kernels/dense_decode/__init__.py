@@ -15,11 +15,6 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.TRITON: triton_gpu.dense_decode,
     dispatch.MOSAIC_TPU: mosaic_tpu.dense_decode,
 }
-UNPROVED = (
-    dispatch.MOSAIC_GPU,
-    dispatch.TRITON,
-    dispatch.MOSAIC_TPU,
-)  # never run where they are for
 
 
 def dense_decode(
@@ -49,4 +44,4 @@ def dense_decode(
     if split_softmax.lead(rows)[0] != q.shape[0]:
         raise ValueError(f"rows must have {q.shape[0]} rows, got {split_softmax.lead(rows)[0]}")
     args, options = (q, window, window_count, rows, count, sink), {"scale": scale, "group": group}
-    return dispatch.run(IMPLEMENTATIONS, backend, *args, by_name=UNPROVED, **options)
+    return dispatch.run("dense_decode", IMPLEMENTATIONS, backend, *args, **options)

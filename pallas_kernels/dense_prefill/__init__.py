@@ -46,6 +46,5 @@ def dense_prefill(
     keys.check(q, past, kv, start, rows, sink)
     if ratio < 1:
         raise ValueError(f"ratio must be at least 1, got {ratio}")
-    by_name = (dispatch.MOSAIC_GPU, dispatch.MOSAIC_TPU, dispatch.TRITON)
-    how = {"ratio": ratio, "scale": scale, "group": group, "by_name": by_name}
-    return dispatch.run(IMPLEMENTATIONS, backend, q, past, kv, start, rows, sink, **how)
+    args, how = (q, past, kv, start, rows, sink), {"ratio": ratio, "scale": scale, "group": group}
+    return dispatch.run("dense_prefill", IMPLEMENTATIONS, backend, *args, **how)

@@ -22,4 +22,4 @@ def grouped_matmul(
 
     `group_sizes` must sum to M. The result has x's dtype.
     """
-    return dispatch.run(IMPLEMENTATIONS, backend, x, w, group_sizes)
+    return dispatch.run("grouped_matmul", IMPLEMENTATIONS, backend, x, w, group_sizes)

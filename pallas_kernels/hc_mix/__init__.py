@@ -24,4 +24,4 @@ def hc_mix(
     `iterations - 1` row normalisations in turn, each with eps (DeepSeek-V4 spec 2.2). All float32.
     """
     sizes = {"streams": streams, "iterations": iterations, "eps": eps}
-    return dispatch.run(IMPLEMENTATIONS, backend, z, scale, base, **sizes)
+    return dispatch.run("hc_mix", IMPLEMENTATIONS, backend, z, scale, base, **sizes)

@@ -22,7 +22,6 @@ PAGE_IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.MOSAIC_GPU: functools.partial(reference.pages_of, mosaic_gpu.index_score),
     dispatch.MOSAIC_TPU: functools.partial(reference.pages_of, mosaic_tpu.index_score),
 }
-UNMEASURED = (dispatch.MOSAIC_GPU, dispatch.MOSAIC_TPU)  # not yet run on the hardware they are for
 FLOATS = ("float32", "bfloat16", "float8_e4m3fn")
 
 
@@ -59,7 +58,7 @@ def _per_query(lengths: Array | None, q: Array) -> Array | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _score(inputs: gradient.Inputs, backend: str | None) -> Float[Array, "B T N"]:
-    return dispatch.run(IMPLEMENTATIONS, backend, *inputs, by_name=UNMEASURED)
+    return dispatch.run("index_score", IMPLEMENTATIONS, backend, *inputs)
 
 
 def _forward(inputs: gradient.Inputs, backend: str | None) -> tuple[Array, gradient.Inputs]:
@@ -132,4 +131,4 @@ def page_score(
         raise ValueError(f"threshold must be finite, got {threshold}")
     inputs = gradient.Inputs(q, w, keys, scale, _per_query(lengths, q), table)
     sizes = {"threshold": threshold, "page": page}
-    return dispatch.run(PAGE_IMPLEMENTATIONS, backend, *inputs, by_name=UNMEASURED, **sizes)
+    return dispatch.run("index_score", PAGE_IMPLEMENTATIONS, backend, *inputs, **sizes)

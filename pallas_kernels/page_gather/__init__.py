@@ -22,7 +22,6 @@ SCATTER: Mapping[str, Callable[..., Any]] = {
     dispatch.MOSAIC_TPU: mosaic_tpu.page_scatter,
     dispatch.TRITON: triton_gpu.page_scatter,
 }
-UNMEASURED = (dispatch.MOSAIC_GPU, dispatch.MOSAIC_TPU, dispatch.TRITON)  # run only when named
 
 
 def _check(pool: Array, slots: Array, records: Array | None = None) -> None:
@@ -45,7 +44,7 @@ def page_gather(
     A named backend runs or raises Unsupported.
     """
     _check(pool, slots)
-    return dispatch.run(IMPLEMENTATIONS, backend, pool, slots, by_name=UNMEASURED)
+    return dispatch.run("page_gather", IMPLEMENTATIONS, backend, pool, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("backend",), donate_argnames=("pool",))
@@ -63,4 +62,4 @@ def page_scatter(
     Unsupported.
     """
     _check(pool, slots, records)
-    return dispatch.run(SCATTER, backend, pool, records, slots, by_name=UNMEASURED)
+    return dispatch.run("page_scatter", SCATTER, backend, pool, records, slots)

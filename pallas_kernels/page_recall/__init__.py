@@ -15,7 +15,6 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.MOSAIC_TPU: mosaic_tpu.page_recall,
     dispatch.TRITON: triton_gpu.page_recall,
 }
-UNMEASURED = (dispatch.MOSAIC_TPU,)  # runs only when named
 
 
 def reads_host_memory(device: Any) -> bool:
@@ -54,4 +53,4 @@ def page_recall(
     is donated. A named backend runs or raises Unsupported.
     """
     _check(pool, segments, src, dst)
-    return dispatch.run(IMPLEMENTATIONS, backend, pool, segments, src, dst, by_name=UNMEASURED)
+    return dispatch.run("page_recall", IMPLEMENTATIONS, backend, pool, segments, src, dst)

@@ -25,7 +25,6 @@ EXPERT_IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.XLA: reference.expert_matmul,
     dispatch.TRITON: triton_gpu.expert_matmul,
 }
-UNMEASURED = (dispatch.TRITON, dispatch.MOSAIC_TPU)
 
 
 def _check(k: int, w: Array, scale: Array) -> None:
@@ -64,7 +63,7 @@ def quant_matmul(
         raise ValueError(f"w must have 2 axes, got {list(w.shape)}")
     _check(x.shape[1], w, scale)
     out = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    return dispatch.run(IMPLEMENTATIONS, backend, x, w, scale, out, by_name=UNMEASURED)
+    return dispatch.run("quant_matmul", IMPLEMENTATIONS, backend, x, w, scale, out)
 
 
 def expert_matmul(
@@ -87,7 +86,7 @@ def expert_matmul(
         raise ValueError(f"experts must be a multiple of {x.shape[0]} long, got {experts.shape[0]}")
     _check(x.shape[1], w, scale)
     args = (x, experts, w, scale)
-    return dispatch.run(EXPERT_IMPLEMENTATIONS, backend, *args, by_name=UNMEASURED)
+    return dispatch.run("expert_matmul", EXPERT_IMPLEMENTATIONS, backend, *args)
 
 
 def grouped_quant_matmul(

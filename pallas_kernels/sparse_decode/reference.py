@@ -13,7 +13,7 @@ def sparse_decode(
     window: Float[Array, "B W c"],
     window_count: Int[Array, " B"],
     rows: Rows,
-    index: Int[Array, "B k"],
+    index: Int[Array, "B k"] | None,
     valid: Bool[Array, "B k"],
     sink: Float[Array, " H"],
     *,
@@ -22,16 +22,29 @@ def sparse_decode(
     own: bool,
 ) -> Float[Array, "B H c"]:
     """See the package's `sparse_decode`."""
-    dims, index = q.shape[-1], pool_index(rows, index, own=own)
+    dims, rows = q.shape[-1], soft.as_vectors(rows, q.shape[-1])
     recent = jnp.arange(window.shape[1]) < window_count[:, None]
     whole = soft.part(q, window, recent, scale)
-    if index.shape[1]:
-        # Entries that are not valid may name no entry at all: any will do, their weight is zero.
-        take = lambda plane: jnp.take(plane, index, axis=0, mode="clip")  # noqa: E731
-        pool = soft.flat(soft.as_vectors(rows, dims))
-        picked = decode(jax.tree.map(take, pool), dims, group, q.dtype)
+    if valid.shape[1]:
+        if index is not None:
+            rows = _take(rows, index, own=own)
+        picked = decode(rows, dims, group, q.dtype)
         whole = soft.join(whole, soft.part(q, picked, valid, scale))
     return soft.finish(whole, sink, q.dtype)
+
+
+def _take(rows: Rows, index: Int[Array, "B k"], *, own: bool) -> Rows:
+    """Entries [B, k, ...]. Those not valid may name no entry at all: any will do, they weigh 0.
+
+    Each row takes its own by itself, so that a compiler can partition the batch.
+    """
+
+    def take(x: Array, index: Array) -> Array:
+        return jnp.take(x, index, axis=0, mode="clip")
+
+    if own:
+        return jax.tree.map(lambda x: jax.vmap(take)(x, index), rows)
+    return jax.tree.map(lambda x: take(x, index), soft.flat(rows))
 
 
 def pool_index(rows: Rows, index: Int[Array, "B k"], *, own: bool) -> Int[Array, "B k"]:

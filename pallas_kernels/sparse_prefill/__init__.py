@@ -48,7 +48,5 @@ def sparse_prefill(
         raise ValueError(f"valid must be {wanted}, got {valid.dtype} {list(valid.shape)}")
     if 0 in (index.shape[-1], keys.count(rows)):
         raise ValueError("rows and index must not be empty; see dense_prefill for the window alone")
-    by_name = (dispatch.MOSAIC_TPU, dispatch.TRITON)
-    how = {"scale": scale, "group": group, "by_name": by_name}
-    args = (q, past, kv, start, rows, index, valid, sink)
-    return dispatch.run(IMPLEMENTATIONS, backend, *args, **how)
+    args, how = (q, past, kv, start, rows, index, valid, sink), {"scale": scale, "group": group}
+    return dispatch.run("sparse_prefill", IMPLEMENTATIONS, backend, *args, **how)

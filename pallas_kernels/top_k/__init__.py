@@ -13,7 +13,6 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.TRITON: triton_gpu.top_k,
     dispatch.MOSAIC_TPU: mosaic_tpu.top_k,
 }
-UNMEASURED = (dispatch.TRITON, dispatch.MOSAIC_TPU)  # run only when named
 
 
 def _check(scores: Array, visible: Array, k: int, limit: Array | None) -> None:
@@ -48,5 +47,4 @@ def top_k(
     may tie with 0.0, as the device compares floats. A named backend runs or raises Unsupported.
     """
     _check(scores, visible, k, limit)
-    by_name = {"by_name": UNMEASURED, "limit": limit}
-    return dispatch.run(IMPLEMENTATIONS, backend, scores, visible, k, **by_name)
+    return dispatch.run("top_k", IMPLEMENTATIONS, backend, scores, visible, k, limit=limit)

@@ -26,9 +26,10 @@ from lsa_jax.config import CacheConfig, ConfigError, ModelConfig
 from lsa_jax.config_checks import number, refusal
 from lsa_jax.engine import Burst, Engine, empty_burst, run_burst
 from lsa_jax.lsa.targets import check_targets, csa_layers
-from lsa_jax.nn.attention import Attention, visible_entries
+from lsa_jax.nn.attention import Attention
 from lsa_jax.nn.layers import precision
 from lsa_jax.nn.lightning_indexer import index_scores, topk_indices
+from lsa_jax.nn.site import visible_entries
 from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.sampling import Greedy
 
@@ -120,7 +121,7 @@ def tap_layer(
     scores = index_scores(*query, flat_entries(layer.index_keys))
     visible = visible_entries(position, attn.cfg.csa_ratio, scores.shape[-1])
     attended = min(attn.cfg.index_topk, scores.shape[-1])
-    index, valid = topk_indices(scores, visible, max(top_k, attended))
+    index, valid = topk_indices(scores, visible, max(top_k, attended), backend="xla")
     logits = jnp.where(valid, jnp.take_along_axis(scores, index, axis=-1), -jnp.inf)
     some = index[..., :attended], valid[..., :attended]
     mass = entry_mass(attn, latent, position, layer, *some)
