@@ -85,6 +85,16 @@ def test_initial_weights_fit_the_model_and_follow_from_the_seed():
     assert counts.max() - counts.min() <= CONFIG.num_experts_per_tok
 
 
+def test_what_is_attended_to_may_begin_with_another_gain():
+    drawn, sharp = (lm_init.initial_leaves(CONFIG, seed=0, gain=gain) for gain in (1.0, 3.0))
+    changed = {path for path in drawn if not np.array_equal(drawn[path], sharp[path])}
+    attentions = CONFIG.num_layers + CONFIG.num_nextn_predict_layers
+    compressors = sum(kind != "sliding" for kind in CONFIG.layer_types)
+    assert len(changed) == attentions + compressors
+    assert all("norm" in path and (sharp[path] == 3).all() for path in changed)
+    assert not any("indexer" in path or "q_norm" in path for path in changed)
+
+
 def test_entries_may_begin_as_averages_of_what_they_stand_for():
     drawn, mean, slots = (
         lm_init.initial_leaves(CONFIG, seed=0, entries=how)

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from lsa_jax.cache import codec
 from lsa_jax.cache.state import LayerState, flat_entries, init_tail
 from lsa_jax.nn import lightning_indexer as indexer
-from lsa_jax.nn.attention import Attention, visible_entries
+from lsa_jax.nn.attention import Attention
+from lsa_jax.nn.site import visible_entries
 
 
 class Lesson(NamedTuple):

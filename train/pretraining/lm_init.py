@@ -1,9 +1,10 @@
 """Initial weights of a backbone that is trained from scratch.
 
-Matrices are normal with standard deviation `scale`; gains are 1; sinks, compressor slot biases and
-router biases 0. A hyper-connection starts with all streams feeding the sublayer alike and each
-stream mostly carrying itself (`diagonal` on the mixing matrix's diagonal, before its softmax).
-Hash-routed tokens get experts at random, each expert as often as any other.
+Matrices are normal with standard deviation `scale`; gains are 1, those of what is attended to
+`gain`; sinks, compressor slot biases and router biases 0. A hyper-connection starts with all
+streams feeding the sublayer alike and each stream mostly carrying itself (`DIAGONAL` on the mixing
+matrix's diagonal, before its softmax). Hash-routed tokens get experts at random, each expert as
+often as any other.
 """
 
 import zlib
@@ -20,16 +21,17 @@ SLOT_BIAS = 3.0
 _VALUES, _RAW, _BIAS = (
     f"attn.{x}" for x in ("compressor.wkv.weight", "wkv.weight", "compressor.ape")
 )
+_ATTENDED = ("attn.kv_norm.weight", "attn.compressor.norm.weight")
 
 EntriesInit = Literal["random", "average", "slots"]
 
 
-def _hyper_base(cfg: ModelConfig, size: int, diagonal: float) -> np.ndarray:
+def _hyper_base(cfg: ModelConfig, size: int) -> np.ndarray:
     """Biases of pre, post and the mixing matrix; of a head's collapse, where there is only pre."""
     n = cfg.hc_mult
     base = np.zeros(size, np.float32)
     if size == (2 + n) * n:
-        base[2 * n :] = diagonal * np.eye(n, dtype=np.float32).reshape(-1)
+        base[2 * n :] = DIAGONAL * np.eye(n, dtype=np.float32).reshape(-1)
     return base
 
 
@@ -41,7 +43,7 @@ def _hash_table(rng: np.random.Generator, vocab: int, chosen: int, experts: int)
 
 
 def _leaf(
-    cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, scale: float, diagonal: float
+    cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, scale: float, gain: float
 ) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     name = path.rsplit(".", 1)[-1]
@@ -49,10 +51,10 @@ def _leaf(
         vocab, chosen = spec.shape
         return _hash_table(rng, vocab, chosen, cfg.n_routed_experts)
     if spec.kind == "norm":
-        return np.ones(spec.shape, np.float32)
+        return np.full(spec.shape, gain if path.endswith(_ATTENDED) else 1.0, np.float32)
     if spec.kind == "f32" and name != "fn":
         if name == "base":
-            return _hyper_base(cfg, spec.shape[0], diagonal)
+            return _hyper_base(cfg, spec.shape[0])
         return np.full(spec.shape, float(name == "scale"), np.float32)
     return (scale * rng.standard_normal(spec.shape)).astype(np.float32)
 
@@ -74,13 +76,13 @@ def initial_leaves(
     *,
     seed: int,
     scale: float = SCALE,
-    diagonal: float = DIAGONAL,
+    gain: float = 1.0,
     entries: EntriesInit = "random",
 ) -> dict[str, np.ndarray]:
     """Every leaf by path: float32, hash tables int32. A leaf depends on the seed and its path, and
-    attention's compressors on `entries` (`plan.RunConfig`)."""
+    attention on `gain` and `entries` (`plan.RunConfig`)."""
     table = parameter_table(cfg)
-    leaves = {path: _leaf(cfg, path, spec, seed, scale, diagonal) for path, spec in table.items()}
+    leaves = {path: _leaf(cfg, path, spec, seed, scale, gain) for path, spec in table.items()}
     for path in [path for path in table if path.endswith(_VALUES) and entries != "random"]:
         # What a layer learns to find in its window it then finds further back as well.
         raw = leaves[path.replace(_VALUES, _RAW)]

@@ -87,10 +87,13 @@ class RunConfig:
     `init_entries` says how compressors begin: "random"; "average", with the projection that makes
     the layer's raw entries, so that an entry begins as an average of those it stands for; or
     "slots", where besides each channel of an overlapping entry begins by preferring one token.
+    `init_gain` is the first gain of all that is attended to. Queries and keys are normalised, so no
+    score exceeds gain * sqrt(head_dim): with 1, too little to tell one of many entries from others.
     """
 
     seed: int = 0
     init_scale: float = 0.02
+    init_gain: float = 1.0
     init_entries: EntriesInit = "random"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every: int = 500
@@ -103,8 +106,9 @@ class RunConfig:
         for name, bound in least.items():
             if number(f"run.{name}", getattr(self, name), int) < bound:
                 raise refusal(f"run.{name}", getattr(self, name), f">= {bound}")
-        if number("run.init_scale", self.init_scale, float) <= 0:
-            raise refusal("run.init_scale", self.init_scale, "> 0")
+        for name in ("init_scale", "init_gain"):
+            if number(f"run.{name}", getattr(self, name), float) <= 0:
+                raise refusal(f"run.{name}", getattr(self, name), "> 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
