@@ -1,5 +1,6 @@
 """Text from a DeepSeek-V4 checkpoint: `python -m infer.generate --ckpt DIR --prompt "..."`.
 
+Without `--ckpt` it is the embedded model. `--dry-run` says what a run needs and runs nothing.
 `python -m infer.generate --demo` is a command of its own (`infer.demo`).
 """
 
@@ -8,7 +9,7 @@ import sys
 
 import jax
 
-from infer import console, demo, lsa_report, prompts, report
+from infer import console, demo, dry_run, lsa_report, prompts, report
 from infer.lsa_options import Plan, make_plan
 from infer.lsa_session import LsaTurns
 from infer.options import Options, parse
@@ -28,6 +29,10 @@ def generate(options: Options) -> None:
     tokenizer = prompts.load_tokenizer(options, cfg)
     prompt = None if options.chat else prompts.read_prompt(options, tokenizer, cfg)
     plan = read_plan(options, cfg, prompt)
+    if options.dry_run is not None:
+        assert prompt is not None  # the options refuse --chat
+        dry_run.show(options, dry_run.find(options, cfg, plan, len(prompt)))
+        return
     session = open_session(options, cfg, tokenizer, plan)
     try:
         if prompt is not None:
@@ -45,7 +50,7 @@ def read_plan(options: Options, cfg: ModelConfig, prompt: list[int] | None) -> P
     """How LSA runs, if it does; a single prompt is held to the budget's floor here."""
     if options.lsa.attention == "full":
         return None
-    cache = options.cache(options.compute(jax.default_backend()))
+    cache = options.cache(options.compute(dry_run.backend(options)))
     plan = make_plan(options.lsa, cfg, cache, seed=options.seed)
     if prompt is not None:
         plan.check_room(cfg, cache, len(prompt) + options.max_new_tokens)

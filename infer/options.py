@@ -3,9 +3,9 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from infer import arguments
+from infer import arguments, embedded
 from infer.arguments import flag
 from infer.lsa_options import LsaOptions, add_lsa
 from lsa_jax import cli
@@ -18,6 +18,7 @@ keeps what was generated."""
 
 _KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 _SOURCES = ("prompt", "prompt_file", "prompt_ids", "chat")
+PRESENT = "present"  # of --dry-run without a topology
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Options:
     mesh: tuple[int, int, int] | None
     dump_logits: Path | None
     json: Path | None
+    dry_run: str | None
     lsa: LsaOptions
 
     def __post_init__(self) -> None:
@@ -65,11 +67,21 @@ class Options:
             raise ConfigError("--top-k and --top-p need --temperature > 0: 0 is greedy decoding")
         if self.dump_logits is not None and self.chat:
             raise ConfigError("--dump-logits cannot be combined with --chat")
+        self._check_dry_run()
         files: dict[Path, str] = {}
         for name, path in self.outputs():
             if path in files:
                 raise ConfigError(f"{name} cannot be combined with {files[path]} of the same file")
             files[path] = name
+
+    def _check_dry_run(self) -> None:
+        if self.dry_run is None:
+            return
+        if self.chat:
+            raise ConfigError("--dry-run cannot be combined with --chat: a prompt has a length")
+        for name, _ in self.outputs():
+            if name != "--json":
+                raise ConfigError(f"{name} cannot be combined with --dry-run: nothing is run")
 
     def outputs(self) -> list[tuple[str, Path]]:
         """Options that name files to write, and the files."""
@@ -103,7 +115,8 @@ def parse(argv: list[str] | None) -> Options:
     parser = cli.Parser(
         prog="python -m infer.generate", description=DESCRIPTION, allow_abbrev=False
     )
-    parser.add_argument("--ckpt", type=Path, required=True, help="directory of the checkpoint")
+    ckpt = "directory of the checkpoint; default: the embedded one, with its indexer"
+    parser.add_argument("--ckpt", type=Path, help=ckpt)
     _add_prompt(parser)
     _add_sampling(parser)
     _add_machine(parser)
@@ -111,10 +124,23 @@ def parse(argv: list[str] | None) -> Options:
     _add_output(parser)
     given = vars(parser.parse_args(argv))
     try:
+        _complete(given)
         lsa = LsaOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(LsaOptions)})
         return Options(**given, lsa=lsa)
     except ConfigError as why:
         parser.error(str(why))
+
+
+def _complete(given: dict[str, Any]) -> None:
+    """Without --ckpt: the embedded weights, with their indexer where one is wanted."""
+    if given["ckpt"] is not None:
+        return
+    own = embedded.find()
+    if own is None:
+        raise ConfigError("--ckpt DIR must be given: no weights are embedded in this package")
+    given["ckpt"] = own.checkpoint
+    if given["attention"] == "lsa" and given["indexer"] is None:
+        given["indexer"] = own.indexer
 
 
 def _add_prompt(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +200,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--backend",
-        choices=("auto", "xla", "mosaic_gpu"),
+        choices=get_args(Backend),
         default="auto",
         help="kernels; auto (default): the best for the device, else the one named or an error",
     )
@@ -201,6 +227,14 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", type=Path, metavar="FILE", help="ids, text, times, bytes, device")
+    group.add_argument(
+        "--dry-run",
+        nargs="?",
+        const=PRESENT,
+        metavar="TOPOLOGY",
+        help="run nothing: bytes by component, whether they fit (else exit code 2), and the "
+        "roofline of a step, here or on h100:4, v5p:2x2x1, ..",
+    )
     group.add_argument(
         "--dump-logits",
         type=Path,
