@@ -44,7 +44,7 @@ def test_every_module_is_in_the_layout(package: str) -> None:
 def test_every_folder_of_code_is_in_the_layout() -> None:
     folders = {path.parent.name + "/" for path in ROOT.glob("[!.]*/*.py")} - {"build/", "dist/"}
     named = {path for path in layout() if path.endswith("/") and path.count("/") == 1}
-    assert named == folders | {".ci/", "docs/"}
+    assert named == folders | {".ci/", "docs/", "notebooks/"}
 
 
 def test_the_readme_names_two_commands() -> None:
