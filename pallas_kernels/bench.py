@@ -97,12 +97,15 @@ def run_checks(ops: Sequence[str], args: argparse.Namespace) -> int:
         for backend in casebook.backends(op):
             if why := dispatch.refusal(backend):
                 print(f"not run  {backend:10} {op}: {why}")
-    skip = {(row["case"], row["backend"]) for row in found.rows}
-    for check in checks.checks(ops, args.backend, args.case, skip, found.begin):
+    done = {(row["case"], row["backend"]) for row in found.rows}
+    left = [pair for pair in checks.planned(ops, args.backend, args.case) if pair not in done]
+    for check in checks.checks(ops, args.backend, args.case, done, found.begin):
         print(check, flush=True)
         keep(found, {**check._asdict(), "op": check.case.op, "case": str(check.case)})
-        if time.monotonic() > end:
-            print(f"stopped after {args.budget_s:.0f} s")
+        left.remove((str(check.case), check.backend))
+        if left and time.monotonic() > end:
+            named = "; ".join(f"{backend} {case}" for case, backend in left)
+            print(f"not checked within {args.budget_s:.0f} s: {named}")
             break
     found.finish()
     print(f"{len(found.rows)} checks, {failures(found.result)} failed")
@@ -164,7 +167,9 @@ def run_timings(ops: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
 
 def run_apart(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """The same command in other processes. This one starts no device: it would keep its memory."""
-    if not args.resume:
+    if args.resume:
+        record.reopen(args.json)
+    else:
         args.json.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pallas_kernels.bench", *argv]
     command += ["--apart", "0", "--resume", "--budget-s"]

@@ -74,6 +74,23 @@ def definition(case: casebook.Case) -> Given:
         return jax.device_get((args, case.view(args, result)))
 
 
+def planned(
+    ops: Sequence[str], backends: Sequence[str], part: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Lines of cases and backends of what `checks` does."""
+    for case, names in _planned(ops, backends, part):
+        yield from ((str(case), name) for name in names)
+
+
+def _planned(
+    ops: Sequence[str], backends: Sequence[str], part: str
+) -> Iterator[tuple[casebook.Case, list[str]]]:
+    for op in ops:
+        names = [n for n in casebook.backends(op) if not backends or n in backends]
+        names = [n for n in names if dispatch.refusal(n) is None]
+        yield from ((case, names) for case in casebook.correctness(op) if part in str(case))
+
+
 def checks(
     ops: Sequence[str],
     backends: Sequence[str],
@@ -83,13 +100,10 @@ def checks(
 ) -> Iterator[Check]:
     """The operations' cases whose line has `part`, on all backends (or these) that run here, but
     for pairs of line and backend in `skip`. `begin` is told of each before it runs."""
-    for op in ops:
-        names = [n for n in casebook.backends(op) if not backends or n in backends]
-        names = [n for n in names if dispatch.refusal(n) is None]
-        for case in (c for c in casebook.correctness(op) if part in str(c)):
-            # Once for all backends: it takes longer than they do.
-            given = functools.cache(functools.partial(definition, case))
-            for backend in names:
-                if (str(case), backend) not in skip:
-                    begin(str(case), backend)
-                    yield check(case, backend, given)
+    for case, names in _planned(ops, backends, part):
+        # Once for all backends: it takes longer than they do.
+        given = functools.cache(functools.partial(definition, case))
+        for backend in names:
+            if (str(case), backend) not in skip:
+                begin(str(case), backend)
+                yield check(case, backend, given)

@@ -25,6 +25,19 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
+def reopen(file: Path) -> None:
+    """Says that something is left to do, whatever an earlier command found."""
+    if found := read(file):
+        _replace(file, found | {FINISHED: False})
+
+
+def _replace(file: Path, content: dict[str, Any]) -> None:
+    """At once, so that whoever kills this process keeps what it had."""
+    fresh = file.with_name(file.name + ".tmp")
+    fresh.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    fresh.replace(file)
+
+
 class Record:
     """Rows of one kind, such as "checks", made on one device.
 
@@ -60,8 +73,6 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        """Replaces the file, so that whoever kills this process keeps what it had."""
+        """Replaces the file, where there is one."""
         if self.file:
-            fresh = self.file.with_name(self.file.name + ".tmp")
-            fresh.write_text(json.dumps(self.result, indent=1, default=str) + "\n")
-            fresh.replace(self.file)
+            _replace(self.file, self.result)

@@ -294,3 +294,24 @@ def test_checks_run_in_another_process_and_this_one_starts_no_device(tmp_path: P
     assert [row["case"] for row in result["checks"]] == [str(case) for case in cases]
     assert result["device"] == jax.devices()[0].device_kind
     assert {row["backend"] for row in result["checks"]} == {dispatch.XLA}
+
+
+def test_a_finished_record_does_not_hide_that_the_next_command_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps({"device": "another", record.FINISHED: True, "checks": []}))
+    monkeypatch.setattr(apart, "run", lambda *_: 2)  # refuses the record, and writes nothing
+    command = ["--check", "--op", "hc_mix", "--json", str(file)]
+    assert bench.main([*command, "--apart", "9", "--resume"]) == 2
+
+
+def test_checks_that_the_seconds_did_not_suffice_for_are_named(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = tuple(fake(shape={"n": n}) for n in (3, 4, 5))
+    monkeypatch.setattr(casebook, "correctness", lambda _: cases)
+    assert bench.main(["--check", "--op", "hc_mix", "--backend", "xla", "--budget-s", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"not checked within 0 s: xla {cases[1]}; xla {cases[2]}\n" in said
+    assert "1 checks, 0 failed" in said

@@ -75,7 +75,7 @@ def test_a_plan_with_lsa_compiles_prefill_step_and_boundary_and_they_fit():
 
 @TPU
 @pytest.mark.slow
-def test_temporaries_of_a_thinned_model_are_those_of_the_whole():
+def test_temporaries_of_a_thinned_model_are_about_those_of_a_small_whole():
     deep = dataclasses.replace(
         SMALL,
         layer_types=("csa", "hca", "csa", "hca", "csa"),

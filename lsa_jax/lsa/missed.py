@@ -101,9 +101,10 @@ def _log_odds(
     """Logarithm of level 2's attention to compressed entries over that to all else, per head."""
     assert attn.indexer is not None
     latent = attn.latent_query(x)
-    scores = index_scores(*attn.indexer.queries(latent, x, positions), resident.keys(layer))
+    query = attn.indexer.queries(latent, x, positions)
+    scores = index_scores(*query, resident.keys(layer), backend=attn.backend)
     visible = resident.visible(positions, attn.cfg.csa_ratio)
-    index, valid = topk_indices(scores, visible, attn.cfg.index_topk)
+    index, valid = topk_indices(scores, visible, attn.cfg.index_topk, backend=attn.backend)
     entries = codec.decode_entries(attn.cfg, resident.entries(layer, index), jnp.float32)[:, 0]
     window = layer.window.astype(jnp.float32)
     q = attn.queries(latent, positions)[:, 0].astype(jnp.float32)

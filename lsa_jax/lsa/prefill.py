@@ -151,7 +151,7 @@ def _observed(
     tail = jax.lax.dynamic_slice_in_dim(x, first, size, axis=1)
     positions = start[:, None] + first + jnp.arange(size)
     q, w = attn.indexer.queries(attn.latent_query(tail), tail, positions)
-    scores = index_scores(q, w, flat_entries(whole.index_keys))
+    scores = index_scores(q, w, flat_entries(whole.index_keys), backend=attn.backend)
     end = start[:, None] + count[:, None]
     counts = (positions < end) & (positions >= end - observe)
     positions = jnp.where(counts, positions, -1)  # from there nothing is visible

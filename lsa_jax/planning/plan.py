@@ -106,7 +106,8 @@ def notes(plan: Plan) -> list[str]:
     if any(p.layers == "kinds" for p in plan.programs):
         said.append(
             "one layer of each kind computes in programs of all layers (--layers all compiles every"
-            " one); weights and state are whole, collectives are scaled"
+            " one); weights and state are whole, collectives are scaled, and temporaries of a deep"
+            " model may be several times as large"
         )
     if device.platform == "cuda":
         said.append("CUDA: matrix products are not autotuned and library workspaces not counted")

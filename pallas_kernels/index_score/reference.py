@@ -86,7 +86,9 @@ def seen(
 def block_size(q: Array, keys: Keys, unit: int, block_bytes: int | None) -> int:
     """Keys in a block: a multiple of `unit` and, where there are enough, of BLOCK_MULTIPLE."""
     batch, tokens, heads, _ = q.shape
-    limit = block_bytes or (DECODE_BLOCK_BYTES if tokens == 1 else CHUNK_BLOCK_BYTES)
+    # Heads may be spread over devices: then every block ends with a sum over all of them.
+    few = tokens == 1 and jax.sharding.get_abstract_mesh().size in (0, 1)
+    limit = block_bytes or (DECODE_BLOCK_BYTES if few else CHUNK_BLOCK_BYTES)
     most = max(1, limit // (4 * max(1, batch * tokens * heads)))
     if keys.count <= most:
         return keys.count

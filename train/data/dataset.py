@@ -41,7 +41,7 @@ class DataConfig:
     hidden states, and half as much for labels; all three should hold twice as many documents.
     Candidates are padded to one of `sizes` sizes: each is a compiled step. Samples are drawn by
     `workers` processes, each `prefetch` batches ahead, or with 0 by `threads` threads, `prefetch`
-    batches ahead (0: none) and at least one each; a run takes two more ahead, to the devices.
+    batches ahead (0: none) and at least one each; a run takes four more ahead, to the devices.
     `max_offset` adds 0 .. max_offset to a sample's position, at random. `hard_negatives` is a file
     of `train.mine_hard`. Without `mass` targets have no attention mass, for objectives that do not
     need it.

@@ -82,7 +82,8 @@ def index_logits(
     keys = attn.indexer.keys(x, zeros, zeros + tokens, tail)[0].values
     keys = jnp.pad(keys, ((0, 0), (0, max(0, count - keys.shape[1])), (0, 0)))[:, :count]
     planes = codec.DensePlanes(keys.astype(jnp.float32))
-    return indexer.index_scores(queries.astype(jnp.float32), weights, planes)
+    queries = queries.astype(jnp.float32)
+    return indexer.index_scores(queries, weights, planes, backend="xla")
 
 
 def divergence(

@@ -118,7 +118,7 @@ def tap_layer(
     assert attn.indexer is not None and layer.index_keys is not None
     latent = attn.latent_query(x)
     query = attn.indexer.queries(latent, x, position)
-    scores = index_scores(*query, flat_entries(layer.index_keys))
+    scores = index_scores(*query, flat_entries(layer.index_keys), backend=attn.backend)
     visible = visible_entries(position, attn.cfg.csa_ratio, scores.shape[-1])
     attended = min(attn.cfg.index_topk, scores.shape[-1])
     index, valid = topk_indices(scores, visible, max(top_k, attended), backend="xla")
