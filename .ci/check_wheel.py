@@ -21,6 +21,9 @@ assert Path(str(vocabulary.__file__)).with_name("tokenizer.json").exists()
 assert set(PRESETS) <= set(config_io.preset_names()), config_io.preset_names()
 for preset in config_io.preset_names():
     assert config_io.load_config(preset).num_layers > 0, preset
+embedded = importlib.import_module("infer.embedded").find()
+assert embedded is not None, "the wheel must hold infer/weights"
+assert embedded.indexer.with_name("CARD.md").is_file()
 reply = json.loads(Path("reply.json").read_text())
 assert reply["ids"], reply
 print(f"wheel: {sorted(tops)}, presets {config_io.preset_names()}, reply {reply['ids']}")

@@ -77,6 +77,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         recency=args.recency,
         sink=args.sink,
         window_bytes=jax.numpy.dtype(compute.dtype).itemsize,
+        lookback=file.config.lookback if file else 1,
     )
     variants = axes(args).variants()
     base.check(variants, grid.lengths)
@@ -154,7 +155,13 @@ def load(args: argparse.Namespace, setup: Setup) -> Machine:
         calibration = calibration_of(args.indexer, setup.indexer)
     base = setup.base
     return Machine(
-        Prefixes(model, base.cache, base.targets, chunk=args.prefill_chunk),
+        Prefixes(
+            model,
+            base.cache,
+            base.targets,
+            chunk=args.prefill_chunk,
+            lookback=base.lookback,
+        ),
         Answers(base, model, indexer, calibration),
         Measure(base),
         args.per_haystack,

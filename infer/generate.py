@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from infer import console, demo, dry_run, lsa_report, prompts, report
+from infer import console, demo, dry_run, embedded, lsa_report, prompts, report
 from infer.lsa_options import Plan, make_plan
 from infer.lsa_session import LsaTurns
 from infer.options import Options, parse
@@ -29,6 +29,7 @@ def generate(options: Options) -> None:
     tokenizer = prompts.load_tokenizer(options, cfg)
     prompt = None if options.chat else prompts.read_prompt(options, tokenizer, cfg)
     plan = read_plan(options, cfg, prompt)
+    embedded.announce(options.ckpt)
     if options.dry_run is not None:
         assert prompt is not None  # the options refuse --chat
         dry_run.show(options, dry_run.find(options, cfg, plan, len(prompt)))

@@ -141,6 +141,7 @@ def make_plan(options: LsaOptions, cfg: ModelConfig, cache: CacheConfig, *, seed
         fallback=options.fallback,
         host_limit=options.host_limit,
         seed=seed,
+        lookback=file.config.lookback if file else 1,
         **defaults,
     )
     return Plan(

@@ -9,6 +9,7 @@ from infer import arguments, embedded
 from infer.arguments import flag
 from infer.lsa_options import LsaOptions, add_lsa
 from lsa_jax import cli
+from lsa_jax.checkpoint.leaf import CheckpointError
 from lsa_jax.config import Backend, CacheConfig, ComputeConfig, ComputeDType, ConfigError, KVFormat
 
 DESCRIPTION = """\
@@ -127,7 +128,7 @@ def parse(argv: list[str] | None) -> Options:
         _complete(given)
         lsa = LsaOptions(**{f.name: given.pop(f.name) for f in dataclasses.fields(LsaOptions)})
         return Options(**given, lsa=lsa)
-    except ConfigError as why:
+    except (CheckpointError, ConfigError) as why:
         parser.error(str(why))
 
 

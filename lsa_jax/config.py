@@ -182,10 +182,13 @@ class ComputeConfig:
     the default, the best that is known for the device, everywhere. The three `simulate_*` switches
     round tensors as the released model does in production (spec 5.2, 5.4): window and compressed KV
     to fp8, index queries and keys to fp4, and the inputs of quantised matmuls to fp8.
+    `gather` allows a prefill to gather the entries that its queries pick, where that reads less
+    than masking the others; training forbids it, for a gather's gradient is a scatter.
     """
 
     dtype: ComputeDType = "bfloat16"
     backend: Backend = "auto"
+    gather: bool = True
     simulate_kv: bool = False
     simulate_index: bool = False
     simulate_activations: bool = False

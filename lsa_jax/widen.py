@@ -29,6 +29,7 @@ def widen_checkpoint(args: argparse.Namespace) -> int:
         n_heads=args.heads or model.index_n_heads,
         q_lora_rank=args.rank or model.q_lora_rank,
         ensemble=args.ensemble,
+        lookback=args.lookback,
     )
     attention = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
     wanted = tuple(prefix + name for prefix in attention for name in _LEAVES)
@@ -55,6 +56,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, help="at least the model's index heads (default)")
     parser.add_argument("--rank", type=int, help="at least the model's query rank (default)")
     parser.add_argument("--ensemble", choices=("max", "mean", "learned"), default="max")
+    help_ = "last tokens whose highest score counts; default 1"
+    parser.add_argument("--lookback", type=int, default=1, help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of weights without effect yet")
     return parser.parse_args(argv)
 

@@ -86,16 +86,30 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
+def refusal(args: argparse.Namespace) -> str | None:
+    """Why these cannot be compiled, in a line."""
+    from pallas_kernels import casebook, dispatch
     from pallas_kernels import targets as known
 
+    choices = {
+        "target": (*TPUS, "h100"),
+        "op": tuple(casebook.operations()),
+        "backend": dispatch.BACKENDS,
+    }
+    for name, among in choices.items():
+        for got in getattr(args, name):
+            if got not in among:
+                return f"--{name} must be of {', '.join(among)}, got {got!r}"
+    missing = {name: known.missing(known.CHIPS[name]) for name in args.target}
+    return next((f"--target {name}: {why}" for name, why in missing.items() if why), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Exit codes: 0, 1 where a program failed, 2 for bad input (one line)."""
     args = parser().parse_args(argv)
-    for target in args.target:
-        if target not in known.CHIPS:
-            sys.exit(f"error: --target must be of {(*TPUS, 'h100')}, got {target!r}")
-        if why := known.missing(known.CHIPS[target]):
-            sys.exit(f"error: --target {target}: {why}")
+    if why := refusal(args):
+        print(f"error: {why}", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         groups = grouped(args)

@@ -29,7 +29,7 @@ from lsa_jax.lsa.tiers import Tiers
 from lsa_jax.nn.transformer import DeepSeekV4
 from tests import lsa_models, small_model
 
-MESHES = {"one": None, "two": (1, 1, 2), "four": (1, 2, 2)}
+MESHES = {"one": None, "four": (1, 2, 2)}
 SLOTS = 4
 STORE_BYTES = 200 * 10**6
 
@@ -65,7 +65,7 @@ def serve(mesh: jax.sharding.Mesh | None) -> dict[str, Any]:
     """Two requests, one of them with a second turn; what they drew and what the store holds."""
     of = session(mesh)
     run = lsa_models.Run(of)
-    # Chunks of 32 all: every other size would be compiled three times over.
+    # Chunks of 32 all: every other size would be compiled twice over.
     run.admit(lsa_models.prompt(50, seed=1), new=60)
     run.admit(lsa_models.prompt(61, seed=2), new=30)
     run.decode(16)

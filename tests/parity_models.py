@@ -93,7 +93,7 @@ def _feed(
 
 
 # The machine-code optimiser left out: half the compile time, for tests that run little. What XLA
-# does to the arithmetic is the same. The tests against HuggingFace's logits use it in full.
+# does to the arithmetic is the same. At every split, `tiny` and `true_ratios` run with it too.
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 optimised_extend, optimised_feed = jax.jit(_extend), jax.jit(_feed)

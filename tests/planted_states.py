@@ -116,7 +116,7 @@ def planted(want: Requests, rng: np.random.Generator) -> LsaState:
                 window=jnp.asarray(window, jnp.float32),
             )
         )
-    hidden = jnp.asarray(np.stack(inputs)[list(TARGETS)])
+    hidden = jnp.asarray(np.stack(inputs)[list(TARGETS)])[:, :, None]
     base = jnp.full_like(lengths, PAGES * CACHE.page_entries)
     return LsaState(tuple(layers), lengths, base, hidden, state.reads, None)
 

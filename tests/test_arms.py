@@ -20,6 +20,8 @@ from lsa_jax.lsa.session import LsaSession
 from tests import lsa_models
 from tests.lsa_models import CAPACITY, CONFIG, PAGE_ENTRIES, PAGE_TOKENS, TARGETS, Run
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 OBSERVERS: tuple[Arm, ...] = ("lagged", "snapkv", "oracle")  # they look at what is attended
 UNTRAINED: tuple[Arm, ...] = ("recency", "random", "lagged", "quest", "snapkv", "oracle")
 LOOKAHEAD, LENGTH, STEPS = 4, 150, 14
@@ -249,7 +251,7 @@ def test_quest_reads_the_target_layers_own_keys_and_queries() -> None:
     batch, state = run.session.batch, run.session.batch.state
     got = np.asarray(arms.scores(run.session.lsa, batch.plan, batch.model, None, state, None))[0]
     i = CSA[TARGETS[0]]
-    attn, x = batch.model.layers[i].attn, state.hidden[0][:, None]
+    attn, x = batch.model.layers[i].attn, state.last_hidden(0)[:, None]
     q, w = attn.indexer.queries(attn.latent_query(x), x, state.lengths[:, None] - 1)
     keys = np.asarray(state.layers[i].index_keys.values)[0].astype(np.float64)
     entries = LENGTH // CONFIG.csa_ratio

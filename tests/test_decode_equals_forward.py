@@ -27,7 +27,6 @@ from tests.parity_models import (
     flat_values,
     model_of,
     rest_of,
-    run_splits,
 )
 
 SMALL = load_case("minimal")  # 3 rows of 37 tokens
@@ -186,11 +185,3 @@ def test_a_grown_state_goes_on_as_a_large_one_would():
     for b, s in enumerate(split):
         close(after[b, : LENGTH - s], want[b, s:], PATH_ERROR)
     same_history(state, whole, (4, 8))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["hca_first", "plain_rope", "all_hash", "wide_csa"])
-def test_every_single_split_of_every_model_gives_huggingface_logits(name: str):
-    case = load_case(name)
-    run = run_splits(case, model_of(name), np.arange(1, case.ids.shape[1] + 1, dtype=np.int32))
-    close(run.logits, run.wanted, LOGITS_ERROR)

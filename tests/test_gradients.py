@@ -117,7 +117,7 @@ def test_all_experts_weighted_are_the_chosen_ones(layer):
     """A hash-routed layer and one that is routed by scores."""
     cfg = small_model.CONFIG
     kind = cfg.mlp_types[layer]
-    drawn = lm_init.initial_leaves(cfg, seed=0, scale=0.3)
+    drawn = lm_init.initial_leaves(cfg, seed=0, scales=lm_init.Scales(0.3, 0.3))
     leaves = {path: jnp.asarray(leaf) for path, leaf in drawn.items()}
     view = Leaves(leaves, parameter_table(cfg)).sub(f"layers.{layer}.ffn")
     moe = Moe(view, cfg, ComputeConfig(dtype="float32", backend="xla"), kind)

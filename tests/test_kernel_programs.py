@@ -126,15 +126,22 @@ def test_a_kernel_beyond_a_blocks_shared_memory_is_said() -> None:
 
 
 def test_without_a_compiler_compiling_ahead_of_time_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(targets.Missing, match="needs the package libtpu"):
         targets.compile_for(targets.CHIPS["v5e"], jnp.sin, (jax.ShapeDtypeStruct((3,), "float32"),))
-    with pytest.raises(SystemExit, match="--target h100: compiling for Hopper needs"):
-        aot.main(["--target", "h100"])
-    with pytest.raises(SystemExit, match="got 'v9'"):
-        aot.main(["--target", "v9"])
+    assert aot.main(["--target", "h100"]) == 2
+    assert "error: --target h100: compiling for Hopper needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["target", "op", "backend"])
+def test_compiling_ahead_of_time_names_what_it_does_not_know(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert aot.main([f"--{option}", "v9"]) == 2
+    assert f"error: --{option} must be of " in (said := capsys.readouterr().err)
+    assert said.endswith(", got 'v9'\n") and said.count("\n") == 1
 
 
 def test_processes_that_compile_share_targets_or_operations() -> None:

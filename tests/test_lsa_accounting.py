@@ -25,6 +25,8 @@ from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.parameters import parameter_table
 from tests import lsa_models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FORMATS: tuple[KVFormat, ...] = ("fp8", "bfloat16", "float32")
 ROWS = 2
 

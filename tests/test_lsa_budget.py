@@ -9,6 +9,8 @@ from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.session import LsaSession
 from tests.lsa_models import CONFIG, PAGE_ENTRIES, Run, prompt, session
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def occupied(of: LsaSession, *, pages: int | None = None) -> tuple[int, int]:
     """Bytes of KV on the device now, from the live arrays' meaning: resident pages, entries that

@@ -11,6 +11,8 @@ from lsa_jax.lsa.policy import PolicyConfig
 from lsa_jax.lsa.session import LsaSession
 from tests.lsa_models import PAGE_TOKENS, Run, alone, prompt, session
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # Rows bounded one by one: what is beside a request has no say in what it has.
 OWN = PolicyConfig(threshold=0.45, recency=4, recall_pages=5)
 STEPS = 40

@@ -55,7 +55,7 @@ AROUND = sorted({at + d for at in (4, 8, 16, 32, 64, 96, 128) for d in (-1, 0, 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [16, 32, 64])
+@pytest.mark.parametrize("chunk", [16, 64])
 def test_layerwise_prefill_of_any_length_and_chunk(chunk):
     worst = {length: prefill_difference(length, chunk) for length in AROUND}
     assert max(worst.values()) <= FUSION, worst
@@ -168,8 +168,7 @@ def test_turns_are_one_long_prompt(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path, budget",
-    [("paged", "1.0"), ("mask", "1.0"), ("paged", "0.5"), ("paged", "35kB"), ("gathered", "35kB")],
+    "path, budget", [("paged", "1.0"), ("mask", "0.5"), ("paged", "35kB"), ("gathered", "35kB")]
 )
 def test_growing_keeps_contents_and_answers(path, budget):
     """Also where a budget in bytes leaves fewer slots at the larger capacity than are taken."""

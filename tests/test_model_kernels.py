@@ -40,7 +40,11 @@ from pallas_kernels.index_score import mosaic_gpu as index_score_gpu
 from pallas_kernels.index_score import mosaic_tpu as index_score_tpu
 from pallas_kernels.top_k import mosaic_tpu as top_k_tpu
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.usefixtures("compiled_quickly"),
+]
 
 ROOT = Path(__file__).parents[1]
 MOSAIC, TRITON = "mosaic_gpu_v2", "triton_kernel_call"

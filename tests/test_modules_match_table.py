@@ -128,12 +128,13 @@ def dtypes_of(leaves: Mapping[str, jax.Array]) -> set[str]:
 
 @pytest.mark.slow
 def test_fp8_linears_and_fp4_experts_give_the_logits_of_their_values():
-    case = load_case("tiny")
+    case = load_case("plain_rope")  # of few layers the one whose linears have tiles, a ragged last
     leaves = stored_leaves(case.cfg)
-    assert dtypes_of(leaves) == {"float8_e4m3fn", "uint8", "float32", "int32"}
+    assert dtypes_of(leaves) == {"float8_e4m3fn", "uint8", "float32"}
+    assert leaves["layers.0.attn.wq_b.scale"].shape[0] == 3
     model = DeepSeekV4(case.cfg, FLOAT32, leaves)
     scales = [path for path in parameters_of(model) if path.endswith(".scale")]
-    assert sum(".experts." in path for path in scales) == 3 * 7  # with MTP
+    assert sum(".experts." in path for path in scales) == 3 * 4  # with MTP
     # The golden weights are these leaves' exact values, so HuggingFace's logits are wanted.
     close(logits_of(model, case.ids[:, :TOKENS]), case.outputs["logits"][:, :TOKENS], LOGITS_ERROR)
 

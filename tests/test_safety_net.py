@@ -22,6 +22,8 @@ from tests import lsa_models, planted_states
 from tests.lsa_models import Run
 from tests.planted_states import CACHE, CONFIG, PAGES, TARGETS, Requests, model, plan
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BUDGET = 12  # pages a row, of PAGES
 BOUND = 0.4  # of missed mass
 ORDINARY, DENSE = 300, 60

@@ -17,6 +17,8 @@ from lsa_jax.lsa.host_memory import HostMemory
 from lsa_jax.nn import attend_blocks
 from pallas_kernels import casebook, timing
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def broken(findings) -> list[str]:
     return [finding.said for finding in findings if not finding.holds]

@@ -31,7 +31,7 @@ BATCH = LmBatch(jnp.asarray(IDS), jnp.asarray(KINDS))
 
 @functools.cache
 def leaves() -> dict[str, jax.Array]:
-    drawn = lm_init.initial_leaves(CONFIG, seed=0, scale=0.15)
+    drawn = lm_init.initial_leaves(CONFIG, seed=0, scales=lm_init.Scales(0.15, 0.15))
     return {path: jnp.asarray(leaf) for path, leaf in drawn.items()}
 
 
@@ -86,13 +86,28 @@ def test_initial_weights_fit_the_model_and_follow_from_the_seed():
 
 
 def test_what_is_attended_to_may_begin_with_another_gain():
-    drawn, sharp = (lm_init.initial_leaves(CONFIG, seed=0, gain=gain) for gain in (1.0, 3.0))
+    drawn, sharp = (
+        lm_init.initial_leaves(CONFIG, seed=0, scales=lm_init.Scales(gain=gain))
+        for gain in (1.0, 3.0)
+    )
     changed = {path for path in drawn if not np.array_equal(drawn[path], sharp[path])}
     attentions = CONFIG.num_layers + CONFIG.num_nextn_predict_layers
     compressors = sum(kind != "sliding" for kind in CONFIG.layer_types)
     assert len(changed) == attentions + compressors
     assert all("norm" in path and (sharp[path] == 3).all() for path in changed)
     assert not any("indexer" in path or "q_norm" in path for path in changed)
+
+
+def test_embeddings_and_mixing_begin_at_scales_of_their_own():
+    drawn, other = (
+        lm_init.initial_leaves(CONFIG, seed=0, scales=scales)
+        for scales in (lm_init.Scales(), lm_init.Scales(embedding=1.0, mixing=0.01))
+    )
+    changed = {path for path in drawn if not np.array_equal(drawn[path], other[path])}
+    mixing = {path for path in drawn if path.endswith("scale")}
+    assert changed == {"embed.weight"} | mixing
+    np.testing.assert_allclose(other["embed.weight"], 50 * drawn["embed.weight"], rtol=1e-5)
+    assert all((other[path] == np.float32(0.01)).all() for path in mixing)
 
 
 def test_entries_may_begin_as_averages_of_what_they_stand_for():

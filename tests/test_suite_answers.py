@@ -13,12 +13,14 @@ from evals import run as command
 from evals.suite.answers import with_ensemble
 from evals.suite.cases import capacity_for
 from evals.suite.prefix import widen
-from infer import demo, embedded, generate
+from infer import demo, generate
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa import report
 from lsa_jax.sampling import Greedy
 from tests import suite_models
 from tests.suite_models import BASE, CHUNK, LENGTH, LOOKAHEAD, TARGETS, machine, tokens_of, variant
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CAPACITY = capacity_for(LENGTH)
 BUDGETED = ("lsa", "recency", "random", "lagged", "snapkv", "quest", "oracle")
@@ -244,23 +246,6 @@ def test_the_command_answers_once_and_writes_the_same_tables_again(weights, tmp_
     assert command.main(arguments(weights, out, *options)) == 0
     assert "loading" not in capsys.readouterr().err
     assert [(out / name).read_bytes() for name in names[:2]] == before
-
-
-def test_the_demo_needs_weights_where_none_are_embedded(capsys):
-    with pytest.raises(SystemExit) as stop:
-        generate.main(["--demo", "--context", "1024"])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1
-    assert err.startswith("error: --demo needs --ckpt DIR and --indexer FILE")
-
-
-def test_embedded_weights_are_both_there_or_none(tmp_path):
-    assert embedded.find(tmp_path) is None
-    (tmp_path / "checkpoint").mkdir()
-    assert embedded.find(tmp_path) is None
-    (tmp_path / "indexer.safetensors").touch()
-    found = embedded.find(tmp_path)
-    assert found is not None and found.checkpoint == tmp_path / "checkpoint"
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from train.traces.trace import open_trace
 from train.traces.trace_info import E4M3
 from train.traces.votes import VoteConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = lsa_models.CONFIG  # layers csa, hca, csa; each attends its top 3 entries
 RATIO, TARGETS, TOP_K, STEPS = CONFIG.csa_ratio, (0, 1), 5, 25
 EPS = 0.03  # of mass, so that some is left out

@@ -1,6 +1,7 @@
 """Task examples: answers lie where they are said to, tests keep their strings and wordings."""
 
 import collections
+import random
 
 import numpy as np
 import pytest
@@ -227,3 +228,45 @@ def test_what_cannot_be_drawn_is_refused():
         draw("niah")
     with pytest.raises(TooShort, match=r"tokens must be at least \d+ more"):
         draw("vt", tokens=200)
+
+
+def test_reworded_phrasings_keep_their_slots_and_length_and_change_words_only():
+    words = word_ids()
+    for phrase in (phrases.compile_phrase("0", text, False) for text in phrases.FACT):
+        changed = total = 0
+        for seed in range(50):
+            other = phrases.reworded(random.Random(seed), phrase, words)
+            for was, now in zip(phrase.parts, other.parts, strict=True):
+                if isinstance(was, str):
+                    assert now == was
+                    continue
+                assert len(now) == len(was)
+                assert all(
+                    b == a or (a in words and b in words) for a, b in zip(was, now, strict=True)
+                )
+                changed += sum(a != b for a, b in zip(was, now, strict=True))
+                total += sum(a in words for a in was)
+        assert 0.3 < changed / total < 0.5
+
+
+@pytest.mark.parametrize("family", ["niah_multikey_1", "vt", "qa_1", "chat_order", "qa_2"])
+def test_only_training_is_reworded_and_never_what_says_which_fact_is_asked(family):
+    cfg = TaskConfig(reword=1.0)
+
+    def prompts(split: Split, cfg: TaskConfig) -> list[list[int]]:
+        made = example(family, np.random.default_rng(0), 768, 8, split, cfg)
+        return [question.prompt.tolist() for question in made.questions]
+
+    assert prompts("test", cfg) == prompts("test", TaskConfig())
+    known = {id_ for id_ in word_ids()}
+    texts = [phrase for asks in phrases.ASK_PERSON.values() for phrase in asks]
+    texts += phrases.ASK_ORDER
+    asked = {
+        id_
+        for text in texts
+        for part in phrases.compile_phrase("0", text, False).parts
+        if not isinstance(part, str)
+        for id_ in part
+    }
+    strange = [id_ for ids in prompts("train", cfg) for id_ in ids if id_ in known - asked]
+    assert bool(strange) == (family not in ("qa_1", "chat_order"))

@@ -25,9 +25,16 @@ def root(tmp_path_factory) -> Path:
     return train_runs.traces(tmp_path_factory.mktemp("traces"))
 
 
-def command(*arguments: object, devices: int = 1) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, str]:
+    """For commands one after another; two at once would write the same files."""
+    return train_runs.shared_programs(tmp_path_factory.mktemp("programs"))
+
+
+def command(*arguments: object, devices: int = 1, **variables: str) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env |= variables
     script = [sys.executable, "-W", "error", "-m", "train.indexer", *map(str, arguments)]
     return subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -38,13 +45,13 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-def test_the_command_stops_at_a_signal_and_goes_on_to_a_plot(root, tmp_path):
+def test_the_command_stops_at_a_signal_and_goes_on_to_a_plot(root, programs, tmp_path):
     run, plot = tmp_path / "run", tmp_path / "curves.png"
     options = {"steps": 100_000, "log_every": 50, "validate_every": 50_000}
     cfg = config(root, data={"validation": [str(root / "validation")]}, run=options)
     file = train_runs.toml(cfg, tmp_path / "config.toml")
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = command("--config", file, "--out", run)
+        process = command("--config", file, "--out", run, **programs)
         before = len(read_metrics(run))
         while len(read_metrics(run)) <= before:
             assert process.poll() is None, finish(process)
@@ -54,12 +61,9 @@ def test_the_command_stops_at_a_signal_and_goes_on_to_a_plot(root, tmp_path):
         assert (got, out) == (code, ""), err
         assert f"{number.name}: saved at step " in err.splitlines()[-1]
         assert "leakage: none found between train, validation" in err
-    short = command("--config", file, "--out", tmp_path / "other", "--set", "run.steps=6")
-    assert finish(short)[0] == 0
-    done = command(
-        "--config", file, "--out", tmp_path / "other", "--set", "run.steps=6", "--plot", plot
-    )
-    code, out, err = finish(done)
+    short = ("--config", file, "--out", tmp_path / "other", "--set", "run.steps=6")
+    assert finish(command(*short, **programs))[0] == 0
+    code, out, err = finish(command(*short, "--plot", plot, **programs))
     assert code == 0 and out.startswith(
         f"{tmp_path / 'other' / 'indexer.safetensors'}: best at "
     ), err
@@ -119,12 +123,12 @@ def coordinator() -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_and_stop_together(root, tmp_path):
+def test_two_processes_train_what_one_does_and_stop_together(root, programs, tmp_path):
     options = {"steps": 12, "validate_every": 6}
     cfg = config(root, data={"validation": [str(root / "validation")]}, run=options)
     file = train_runs.toml(cfg, tmp_path / "config.toml")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert finish(command("--config", file, "--out", one))[0] == 0
+    assert finish(command("--config", file, "--out", one, **programs))[0] == 0
 
     def start(run: Path, *more: str) -> list[subprocess.Popen]:
         at = ("--coordinator", coordinator(), "--processes", 2)
@@ -151,10 +155,10 @@ def test_two_processes_train_what_one_does_and_stop_together(root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_numbers_of_devices(root, tmp_path):
+def test_a_run_goes_on_with_other_numbers_of_devices(root, programs, tmp_path):
     file = train_runs.toml(config(root, run={"checkpoint_every": 6}), tmp_path / "config.toml")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert finish(command("--config", file, "--out", whole))[0] == 0
+    assert finish(command("--config", file, "--out", whole, **programs))[0] == 0
     cfg = load_train_config(file)
 
     def observe(step, batch):

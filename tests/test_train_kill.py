@@ -22,12 +22,7 @@ STEPS = MOMENTS * STEPS_APART + 6
 
 
 def child(file: Path, run: Path, audit: Path) -> subprocess.Popen:
-    # The same programs in all processes: compiled once.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(file.parent / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    cache = train_runs.shared_programs(file.parent / "programs")
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | cache
     script = [sys.executable, str(ROOT / "tests" / "train_killed.py"), file, run, audit]
     errors = (file.parent / "stderr").open("ab")

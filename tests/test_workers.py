@@ -90,9 +90,9 @@ def test_what_is_taken_ahead_is_bounded_in_order_and_ends_with_its_error():
     assert not any(thread.name == "taker" for thread in threading.enumerate())
 
 
-def started(script: str, *arguments: object) -> subprocess.Popen:
+def started(script: str, *arguments: object, **variables: str) -> subprocess.Popen:
     """A Python process in a group of its own, as a shell starts it."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables
     command = [sys.executable, script, *map(str, arguments)]
     out = subprocess.PIPE
     return subprocess.Popen(
@@ -153,19 +153,31 @@ def test_workers_and_shared_memory_are_gone_after_kill_9_of_their_run(sets, tmp_
     process.communicate()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_saves_it_and_it_goes_on(tmp_path, number):
-    root = train_runs.traces(tmp_path / "traces")
-    files = {}
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    """A folder with a run of 120 steps by threads in `whole`, the configuration of the same run by
+    two workers, and what it compiled."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    root = train_runs.traces(folder / "traces")
     for name, workers in (("whole", 0), ("run", 2)):
         cfg = config(root, data={"workers": workers}, run={"steps": 120, "checkpoint_every": 60})
-        files[name] = train_runs.toml(cfg, tmp_path / f"{name}.toml")
-    command = str(ROOT / "tests" / "train_killed.py")
-    whole = started(command, files["whole"], tmp_path / "whole", tmp_path / "whole.jsonl")
+        train_runs.toml(cfg, folder / f"{name}.toml")
+    whole = trained(folder, "whole", folder)
     assert whole.communicate()[1] is not None and whole.returncode == 0
-    run = [files["run"], tmp_path / "run", tmp_path / "run.jsonl"]
-    process = started(command, *run)
+    return folder
+
+
+def trained(folder: Path, name: str, out: Path) -> subprocess.Popen:
+    """`train_killed.py` on one of these configurations."""
+    command, run = str(ROOT / "tests" / "train_killed.py"), (out / name, out / f"{name}.jsonl")
+    programs = train_runs.shared_programs(folder / "programs")
+    return started(command, folder / f"{name}.toml", *run, **programs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_saves_it_and_it_goes_on(unbroken, tmp_path, number):
+    process = trained(unbroken, "run", tmp_path)
     assert process.stdout is not None
     while process.stdout.readline().strip() != "step 20":
         assert process.poll() is None
@@ -174,10 +186,13 @@ def test_a_signal_to_all_processes_of_a_run_saves_it_and_it_goes_on(tmp_path, nu
     assert process.returncode == 0 and "Traceback" not in errors, errors  # the loop has returned
     assert "leaked" not in errors and wait_for_none(process)
     assert finished_steps(tmp_path / "run")[-1] in range(20, 60)
-    again = started(command, *run)
+    again = trained(unbroken, "run", tmp_path)
     _, errors = again.communicate()
     assert again.returncode == 0 and wait_for_none(again), errors
-    (_, got, step), (_, want, other) = (load_params(tmp_path / name) for name in ("run", "whole"))
+    (_, got, step), (_, want, other) = (
+        load_params(tmp_path / "run"),
+        load_params(unbroken / "whole"),
+    )
     assert step == other == 120
     for name, leaf in want.items():
         np.testing.assert_array_equal(got[name], leaf, err_msg=name)

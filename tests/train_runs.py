@@ -21,6 +21,15 @@ from train.run.splits import open_corpora
 from train.tables import build
 
 
+def shared_programs(cache: Path) -> dict[str, str]:
+    """Environment of processes that run one after another: what one compiled, the next loads."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 @contextlib.contextmanager
 def compiled_once(cache: Path) -> Iterator[None]:
     """Runs in this process share their programs through a folder, as processes could."""

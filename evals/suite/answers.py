@@ -118,12 +118,17 @@ class Answers:
             lookahead=lookahead,
             path="mask",
             count_votes=votes,
+            lookback=self.base.lookback,
         )
 
     def _make_stepping(self, plan: Level2, lookahead: int) -> Programs:
         """Steps and misses know nothing of arms but their lookahead: one stands for all."""
         lsa = LsaConfig(
-            targets=plan.targets, arm="recency", lookahead=lookahead, resident_path="mask"
+            targets=plan.targets,
+            arm="recency",
+            lookahead=lookahead,
+            lookback=plan.lookback,
+            resident_path="mask",
         )
         return Programs(plan, lsa, self.model, None, None)
 

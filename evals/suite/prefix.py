@@ -52,24 +52,40 @@ class Prefixes:
     """
 
     def __init__(
-        self, model: DeepSeekV4, cache: CacheConfig, targets: tuple[int, ...], *, chunk: int = 1024
+        self,
+        model: DeepSeekV4,
+        cache: CacheConfig,
+        targets: tuple[int, ...],
+        *,
+        chunk: int = 1024,
+        lookback: int = 1,
     ):
         self.model, self.chunk, self.haystacks = model, chunk, 0
-        self.plan = Level2(model.cfg, cache, targets=targets, lookahead=1, path="mask")
+        self.plan = Level2(
+            model.cfg, cache, targets=targets, lookahead=1, path="mask", lookback=lookback
+        )
 
     def read(
         self, tokens: Sequence[int], capacity: int, progress: Progress | None = None
     ) -> LsaState:
         """The state of one row after a haystack, with room for `capacity` tokens."""
         self.haystacks += 1
+        return self._extend(self.empty(capacity), tokens, self.chunk, progress, observed=0)[0]
+
+    def empty(self, capacity: int) -> LsaState:
+        """The state of one row before anything is read."""
         state = self.plan.start(batch=1, capacity=capacity, dtype=self.model.dtype)
-        return self._extend(state, tokens, self.chunk, progress)[0]
+        # Bound to its device as later states are, or each program is compiled for both.
+        return jax.device_put(state, jax.tree.leaves(self.model)[0].sharding)
 
     def ask(self, haystack: LsaState, questions: Sequence[Sequence[int]]) -> Asked:
         """One row per question, each of which sees the haystack and itself alone."""
         states, first, seen = [], [], []
         for ids in questions:
-            state, logits, votes = self._extend(fork(haystack), ids, QUESTION_TOKENS, None)
+            state, logits, votes = self._extend(
+                fork(haystack), ids, QUESTION_TOKENS, None, observed=prefill.OBSERVED
+            )
+            assert votes is not None
             states.append(state)
             first.append(jnp.argmax(logits[0]))
             seen.append(votes)
@@ -79,9 +95,16 @@ class Prefixes:
         return Asked(_stack(states), tokens, jnp.concatenate(seen), lengths)
 
     def _extend(
-        self, state: LsaState, tokens: Sequence[int], size: int, progress: Progress | None
-    ) -> tuple[LsaState, Array, Array]:
-        """Appends tokens to one row; the state is donated. Logits [1, V] after them, and votes."""
+        self,
+        state: LsaState,
+        tokens: Sequence[int],
+        size: int,
+        progress: Progress | None,
+        *,
+        observed: int,
+    ) -> tuple[LsaState, Array, Array | None]:
+        """Appends tokens to one row; the state is donated. Logits [1, V] after them, and votes of
+        the last `observed` of them; None where that is 0."""
         logits = votes = None
         for at in range(0, len(tokens), size):
             part = np.asarray(tokens[at : at + size], np.int32)
@@ -95,14 +118,14 @@ class Prefixes:
                 jnp.asarray(ids),
                 len(part),
                 None,
-                observe=max(0, prefill.OBSERVED - left),
+                observe=max(0, observed - left),
             )
             if chunk.votes is not None:
                 votes = chunk.votes if votes is None else votes + chunk.votes
             if progress is not None:
                 jax.block_until_ready(logits)
                 progress(at + len(part))
-        assert logits is not None and votes is not None
+        assert logits is not None
         return state, logits, votes
 
 

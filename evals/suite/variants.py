@@ -102,7 +102,8 @@ class Axes:
 class Base:
     """What all variants of a run share: the model, the storage of KV, what is always resident.
 
-    `recency` and `sink` are in entries, `window_bytes` of a window's number.
+    `recency` and `sink` are in entries, `window_bytes` of a window's number; `lookback` is the
+    memory indexer's.
     """
 
     cfg: ModelConfig
@@ -111,6 +112,7 @@ class Base:
     recency: int
     sink: int
     window_bytes: int
+    lookback: int = 1
 
     def cache_of(self, variant: Variant) -> CacheConfig:
         """The cache with the variant's pages."""
@@ -132,6 +134,7 @@ class Base:
             targets=self.targets,
             arm=variant.arm,
             lookahead=variant.lookahead,
+            lookback=self.lookback,
             policy=PolicyConfig(**policy),
             budget=None if variant.budget is None else parse_budget(variant.budget),
             resident_path="mask",

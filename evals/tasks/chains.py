@@ -21,7 +21,7 @@ def build_tracking(draw: Draw) -> Plan:
     """
     index = draw.rnd.randrange(len(phrases.CHAIN_START) - (not draw.test))
     wording = [
-        phrases.compile_phrase(str(index), texts[index], index == len(texts) - 1)
+        draw.reworded(phrases.compile_phrase(str(index), texts[index], index == len(texts) - 1))
         for texts in (phrases.CHAIN_START, phrases.CHAIN_HOP)
     ]
     most = draw.cfg.hops[1] + 1
@@ -86,7 +86,7 @@ def build_one_hop(draw: Draw) -> Plan:
     asks = []
     for slots, piece, held_out in draw.shuffled(people)[: draw.questions]:
         topic = draw.one_of(list(phrases.ASK_PERSON))
-        phrase = draw.pick(phrases.ASK_PERSON[topic])
+        phrase = draw.pick_as_is(phrases.ASK_PERSON[topic])
         asks.append(
             ask(
                 phrase,

@@ -41,6 +41,7 @@ class TaskConfig:
     common: Range = (3, 10)  # common words
     copies: Range = (2, 8)  # n-th of so many that are alike
     passage: Range = (64, 256)  # tokens to recite
+    reword: float = 0.0  # training: share of wordings some of whose words are others
     words: float = 0.2  # haystacks of random words in place of sentences
     density: float = 0.5  # facts take at most this share of a haystack with filler
     head: int = 128  # in a test, no evidence before this token
@@ -50,7 +51,7 @@ class TaskConfig:
         for name in ("facts", "asked", "values", "hops", "common", "copies", "passage"):
             _check_range(f"task.{name}", getattr(self, name), 1)
         _check_range("task.gap", self.gap, 0)
-        for name in ("adjacent", "alike", "words", "density"):
+        for name in ("adjacent", "alike", "reword", "words", "density"):
             _check_share(f"task.{name}", getattr(self, name))
         for name in ("head", "tail"):
             if number(f"task.{name}", getattr(self, name), int) < 0:

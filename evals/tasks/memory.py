@@ -99,7 +99,10 @@ def _in_sessions(draw: Draw, groups: list[_Group]) -> list[Tokens]:
 
 
 def _ask_about(draw: Draw, group: _Group) -> Ask:
-    phrase = draw.pick(phrases.ASK_ORDER if group.topic == "order" else phrases.ASK_CHAT)
+    if group.topic == "order":
+        phrase = draw.pick_as_is(phrases.ASK_ORDER)
+    else:
+        phrase = draw.pick(phrases.ASK_CHAT)
     known = group.topic in ("fact", "update")
     return ask(
         phrase,

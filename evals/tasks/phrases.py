@@ -27,6 +27,9 @@ BOS_ID, EOS_ID, USER_ID = _id(BOS), _id(EOS), _id(USER)
 ASSISTANT_ID, THINK_ID, END_THINK_ID = _id(ASSISTANT), _id(THINK), _id(END_THINK)
 
 
+_OTHER = 0.4  # of the words of a reworded phrasing
+
+
 @dataclasses.dataclass(frozen=True)
 class Phrase:
     """A compiled phrasing: ids, and names of slots between them."""
@@ -60,6 +63,28 @@ def pick(rnd: random.Random, texts: tuple[str, ...], *, test: bool) -> Phrase:
     """One of the phrasings this split may use, all equally often."""
     phrases = _compiled(texts)
     return phrases[int(rnd.random() * (len(phrases) - (not test)))]
+
+
+def reworded(rnd: random.Random, phrase: Phrase, words: tuple[int, ...]) -> Phrase:
+    """The phrasing with about `_OTHER` of its words replaced by words at random. Slots, their order
+    and the length stay."""
+    known = _as_set(words)
+
+    def part(ids: Tokens | str) -> Tokens | str:
+        if isinstance(ids, str):
+            return ids
+        changes = (id_ in known and rnd.random() < _OTHER for id_ in ids)
+        return [
+            words[int(rnd.random() * len(words))] if changed else id_
+            for id_, changed in zip(ids, changes, strict=True)
+        ]
+
+    return dataclasses.replace(phrase, parts=tuple(part(ids) for ids in phrase.parts))
+
+
+@functools.cache
+def _as_set(words: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(words)
 
 
 @functools.cache

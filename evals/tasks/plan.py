@@ -7,7 +7,7 @@ import numpy as np
 
 from evals.tasks import phrases
 from evals.tasks.config import Range, TaskConfig
-from evals.tasks.filler import Filler, Kind
+from evals.tasks.filler import Filler, Kind, word_ids
 from evals.tasks.question import ANSWER, FIRST, Rule, Span
 from evals.tasks.strings import Strings
 from lsa_jax.config import ConfigError
@@ -81,8 +81,18 @@ class Draw:
     test: bool
 
     def pick(self, texts: tuple[str, ...]) -> phrases.Phrase:
-        """A phrasing of this split."""
+        """A phrasing of this split; in training perhaps with other words (`TaskConfig.reword`)."""
+        return self.reworded(self.pick_as_is(texts))
+
+    def pick_as_is(self, texts: tuple[str, ...]) -> phrases.Phrase:
+        """A phrasing of this split whose own words say what is asked."""
         return phrases.pick(self.rnd, texts, test=self.test)
+
+    def reworded(self, phrase: phrases.Phrase) -> phrases.Phrase:
+        """The phrasing, in a share of training's with other words."""
+        if self.test or not self.cfg.reword or self.rnd.random() >= self.cfg.reword:
+            return phrase
+        return phrases.reworded(self.rnd, phrase, word_ids())
 
     def between(self, bounds: Range) -> int:
         """A whole number of the range, its ends included."""

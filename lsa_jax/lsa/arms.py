@@ -53,7 +53,7 @@ def scores(
     if lsa.arm == "lsa":
         assert indexer is not None
         at, backend = state.lengths - 1, model.compute.kernel_backend
-        return indexer.ensemble(indexer(state.hidden, at, keys, backend=backend))
+        return indexer.ensemble(indexer.recent(state.hidden, at, keys, backend=backend))
     if lsa.arm == "recency":
         newest = jnp.arange(pages, dtype=jnp.float32)
         return jnp.broadcast_to(newest, (state.lengths.shape[0], pages))
@@ -85,7 +85,7 @@ def _quest(
     for n, ordinal in enumerate(plan.targets):
         attn = model.layers[plan.csa[ordinal]].attn
         assert attn.indexer is not None
-        x = state.hidden[n][:, None]
+        x = state.last_hidden(n)[:, None]
         q, w = attn.indexer.queries(attn.latent_query(x), x, at[:, None])
         values, scale = codec.decode_keys(keys[n], jnp.float32)
         values = values if scale is None else values * scale[..., None]

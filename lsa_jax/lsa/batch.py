@@ -42,6 +42,10 @@ def _check_indexer(lsa: LsaConfig, indexer: MemoryIndexer | None) -> None:
     if indexer is not None and indexer.cfg.target_layers != lsa.targets:
         got = list(indexer.cfg.target_layers)
         raise ConfigError(f"targets must be the indexer's layers {got}, got {list(lsa.targets)}")
+    if indexer is not None and indexer.cfg.lookback != lsa.lookback:
+        raise ConfigError(
+            f"lookback must be the indexer's {indexer.cfg.lookback}, got {lsa.lookback}"
+        )
 
 
 class Batch:
@@ -72,6 +76,7 @@ class Batch:
             lookahead=lsa.lookahead,
             path=lsa.resident_path,
             count_votes=votes,
+            lookback=lsa.lookback,
         )
         self.model, self.cache, self.lsa, self.mesh = model, cache, lsa, mesh
         self.programs = Programs(self.plan, lsa, model, indexer, calibration, mesh)

@@ -26,18 +26,20 @@ class LsaConfig:
         their device bytes are simulated: resident_path must be "mask".
 
     `targets` are CSA ordinals whose index keys stay on the device. A resident set serves
-    `lookahead` steps. `budget` bounds KV bytes on the device; without one, `policy.recall_pages`
-    bounds the pages of each row, by default as many as released settings recall (3 of 32).
-    `resident_path` is how level 2 is confined: "paged" (a pool of pages that changes by what is
-    new), "gathered" (the set copied to one place, whole, at each boundary) or "mask" (everything
-    on the device; bytes are simulated). `fallback` is the missed attention mass, as estimated, from
-    which on a request's budget grows, up to everything; None never grows it. `host_limit` bounds
-    the bytes of host memory; `seed` draws for "random".
+    `lookahead` steps, and is chosen by what the last `lookback` tokens ask for, as the indexer
+    wants it (`IndexerConfig`). `budget` bounds KV bytes on the device; without one,
+    `policy.recall_pages` bounds the pages of each row, by default as many as released settings
+    recall (3 of 32). `resident_path` is how level 2 is confined: "paged" (a pool of pages that
+    changes by what is new), "gathered" (the set copied to one place, whole, at each boundary) or
+    "mask" (everything on the device; bytes are simulated). `fallback` is the missed attention mass,
+    as estimated, from which on a request's budget grows, up to everything; None never grows it.
+    `host_limit` bounds the bytes of host memory; `seed` draws for "random".
     """
 
     targets: tuple[int, ...]
     arm: Arm = "lsa"
     lookahead: int = 64
+    lookback: int = 1
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     budget: Budget | None = None
     resident_path: ResidentPath = "paged"
@@ -52,8 +54,9 @@ class LsaConfig:
             raise refusal("resident_path", self.resident_path, f"one of {get_args(ResidentPath)}")
         if self.arm in SIMULATED and self.resident_path != "mask":
             raise refusal("resident_path", self.resident_path, f"mask with attention {self.arm}")
-        if number("lookahead", self.lookahead, int) < 1:
-            raise refusal("lookahead", self.lookahead, ">= 1")
+        for name in ("lookahead", "lookback"):
+            if number(name, getattr(self, name), int) < 1:
+                raise refusal(name, getattr(self, name), ">= 1")
         if self.fallback is not None and not 0 < number("fallback", self.fallback, float) < 1:
             raise refusal("fallback", self.fallback, "in (0, 1), a share of attention mass")
         if self.host_limit is not None and number("host_limit", self.host_limit, int) < 1:

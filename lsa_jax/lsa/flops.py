@@ -44,6 +44,12 @@ class Level1:
     heads: int = 128
     rank: int = 2048
     lookahead: int = 64
+    lookback: int = 1  # tokens that a fire scores with
+
+    @property
+    def fires(self) -> float:
+        """Tokens that are scored with, per token that is decoded."""
+        return self.lookback / self.lookahead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +91,8 @@ def _attend(cfg: ModelConfig, entries: int) -> int:
 
 
 def _level1(cfg: ModelConfig, entries: int, level1: Level1, per_head: int) -> float:
-    """Scoring all entries, per token: one fire serves `lookahead` of them."""
-    return entries * level1.target_layers * level1.heads * per_head / level1.lookahead
+    """Scoring all entries, per token."""
+    return entries * level1.target_layers * level1.heads * per_head * level1.fires
 
 
 def _level1_projections(cfg: ModelConfig, level1: Level1) -> float:
@@ -94,7 +100,7 @@ def _level1_projections(cfg: ModelConfig, level1: Level1) -> float:
     width = level1.heads * cfg.index_head_dim
     d, rank = cfg.hidden_size, level1.rank
     one = 2 * (d * rank + rank * width + d * level1.heads)
-    return level1.target_layers * one / level1.lookahead
+    return level1.target_layers * one * level1.fires
 
 
 def gflop_per_token(

@@ -22,6 +22,7 @@ of a convex combination of their logits, whose weights are the softmax of a leaf
 
 ENSEMBLE_LEAF = "ensemble.weight"
 
+_SIZES = ("hidden_size", "n_heads", "q_lora_rank", "head_dim", "rope_head_dim")
 _LAYER_LEAVES = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
 
 
@@ -30,7 +31,9 @@ class IndexerConfig:
     """Shape and arithmetic of a memory indexer (LSA spec 2.1). Sizes are in elements.
 
     `target_layers` are CSA ordinals, ascending. Head dim, RoPE and YaRN are those of the backbone's
-    index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`).
+    index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`). An entry's
+    logit is the highest of the last `lookback` tokens' (released: 1, the last token's): a question
+    says what it needs before its last token is read.
     """
 
     target_layers: tuple[int, ...]
@@ -44,9 +47,10 @@ class IndexerConfig:
     norm_eps: float = 1e-6
     ensemble: Ensemble = "max"
     query_mode: QueryMode = "float32"
+    lookback: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "n_heads", "q_lora_rank", "head_dim", "rope_head_dim"):
+        for name in (*_SIZES, "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         for name in ("rope_theta", "norm_eps"):
@@ -144,9 +148,10 @@ def to_json(cfg: IndexerConfig) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> IndexerConfig:
-    """The configuration that `to_json` wrote; raises ConfigError."""
+    """The configuration that `to_json` wrote, perhaps before there was a lookback; raises
+    ConfigError."""
     fields = [field.name for field in dataclasses.fields(IndexerConfig)]
-    if raw.keys() != set(fields):
+    if raw.keys() | {"lookback"} != set(fields):
         raise refusal("indexer", sorted(raw), f"a table of {', '.join(fields)}")
     layers = raw["target_layers"]
     if not isinstance(layers, list):

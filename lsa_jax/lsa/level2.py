@@ -35,17 +35,22 @@ class LsaState:
     CSA layers keep fresh pages only, from entry `base` on (a multiple of the page size); target
     layers' index keys, HCA entries, windows and tails are whole. On the path "mask" everything is
     whole and `base` only says which entries are new. `hidden` are the target layers' attention
-    inputs at the last token. `reads` counts, per page, what level 2 picked of it since the last
-    boundary, over layers and steps. `votes` counts, per entry, the layers and steps since then
-    whose native top-k had it (None: not counted).
+    inputs at the last W tokens, the last one's behind (`Level2`'s lookback; zeros before a text).
+    `reads` counts, per page, what level 2 picked of it since the last boundary, over layers and
+    steps. `votes` counts, per entry, the layers and steps since then whose native top-k had it
+    (None: not counted).
     """
 
     layers: tuple[LayerState, ...]
     lengths: Int[Array, " B"]
     base: Int[Array, " B"]
-    hidden: Float[Array, "L B D"]
+    hidden: Float[Array, "L B W D"]
     reads: Int[Array, "B P"]
     votes: Float[Array, "B N"] | None
+
+    def last_hidden(self, n: int) -> Float[Array, "B D"]:
+        """The attention input of the n-th target layer at the last token."""
+        return self.hidden[n, :, -1]
 
 
 class Level2:
@@ -60,7 +65,9 @@ class Level2:
         lookahead: int,
         path: ResidentPath,
         count_votes: bool = False,
+        lookback: int = 1,
     ):
+        self.lookback = lookback
         self.cfg, self.cache, self.path, self.count_votes = cfg, cache, path, count_votes
         self.targets, self.csa = targets, csa_layers(cfg)
         self.layout = RecordLayout(cfg, cache, targets)
@@ -89,7 +96,8 @@ class Level2:
     def start(self, *, batch: int, capacity: int, dtype: jnp.dtype) -> LsaState:
         """An empty state."""
         shape = self.cfg, self.cache, batch, capacity, jnp.dtype(dtype)
-        return _start(shape, self.targets, self.fresh_pages, self.path, self.count_votes)
+        options = self.fresh_pages, self.path, self.count_votes, self.lookback
+        return _start(shape, self.targets, *options)
 
     def step(
         self,
@@ -120,7 +128,8 @@ class Level2:
             if votes is not None and ordinal is not None:
                 picks = self._native_picks(block.attn, x, layer, state.lengths)
                 votes = votes + jnp.where(live[:, None], picks, 0)
-        kept = jnp.where(live[:, None], jnp.stack(hidden), state.hidden)
+        newest = jnp.concatenate([state.hidden[:, :, 1:], jnp.stack(hidden)[:, :, None]], axis=2)
+        kept = jnp.where(live[:, None, None], newest, state.hidden)
         rows = jnp.arange(live.shape[0])[:, None]
         read = state.reads.at[rows, jnp.concatenate(pages, axis=1)].add(1, mode="drop")
         new = LsaState(tuple(layers), state.lengths + count, state.base, kept, read, votes)
@@ -236,13 +245,14 @@ def _choose(first: Bool[Array, "B T k"], a: codec.Planes, b: codec.Planes) -> co
     return jax.tree.map(pick, a, b)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _start(
     shape: tuple[ModelConfig, CacheConfig, int, int, jnp.dtype],
     targets: tuple[int, ...],
     fresh_pages: int,
     path: ResidentPath,
     count_votes: bool,
+    lookback: int,
 ) -> LsaState:
     cfg, cache, batch, capacity, dtype = shape
     state = init_state(cfg, cache, batch=batch, capacity=capacity, dtype=dtype)
@@ -253,7 +263,7 @@ def _start(
         keys = layer.index_keys if ordinal in targets else codec.empty_keys(cfg, cache, lead)
         entries = codec.empty_entries(cfg, cache, lead)
         layers[i] = dataclasses.replace(layer, entries=entries, index_keys=keys)
-    hidden = jnp.zeros((len(targets), batch, cfg.hidden_size), dtype)
+    hidden = jnp.zeros((len(targets), batch, lookback, cfg.hidden_size), dtype)
     keys = state.layers[csa[targets[0]]].index_keys
     assert keys is not None
     votes = jnp.zeros((batch, codec.capacity(keys)), jnp.float32) if count_votes else None

@@ -182,6 +182,30 @@ class MemoryIndexer(nnx.Module):
             ]
         )
 
+    def recent(
+        self,
+        hidden: Float[Array, "L B W D"],
+        positions: Int[Array, " B"],
+        keys: Sequence[codec.Planes],
+        *,
+        backend: str | None = None,
+    ) -> Float[Array, "L B N"]:
+        """Logits from the last W tokens, of which `positions` are the last one's: the highest of
+        those that there are."""
+        if hidden.shape[2] == 1:
+            return self(hidden[:, :, 0], positions, keys, backend=backend)
+        width = hidden.shape[2]
+        at = positions[:, None] - jnp.arange(width)[::-1]
+        backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
+        logits = []
+        for i, x in enumerate(hidden):
+            q, w = self.queries(i, x.reshape(-1, x.shape[-1]), jnp.maximum(at, 0).reshape(-1))
+            q, w = (y.reshape(*at.shape, *y.shape[1:]) for y in (q, w))
+            values, scale = planes.keys(keys[i])
+            scores = index_score.index_score(q, w, values, scale, backend=backend)
+            logits.append(jnp.max(jnp.where(at[..., None] >= 0, scores, -jnp.inf), axis=1))
+        return jnp.stack(logits)
+
     def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
         """Probability of each entry: max or mean of the layers' sigmoids, or, learned, the sigmoid
         of sum_l softmax(weight)[l] * logits[l]."""

@@ -56,12 +56,12 @@ def missed(
     for n, ordinal in enumerate(plan.targets):
         attn, layer = model.layers[plan.csa[ordinal]].attn, state.layers[plan.csa[ordinal]]
         at = jnp.maximum(state.lengths - 1, 0)
-        scores = native_scores(attn, state.hidden[n], at, layer)
+        scores = native_scores(attn, state.last_hidden(n), at, layer)
         picks = topk_mask(scores, exists, plan.cfg.index_topk)
         taken = topk_mask(scores, exists & readable, plan.cfg.index_topk)
         absent = picks & ~readable
         resident = plan.resident(ordinal, state, records, table)
-        odds = _log_odds(attn, state.hidden[n][:, None], at[:, None], layer, resident)
+        odds = _log_odds(attn, state.last_hidden(n)[:, None], at[:, None], layer, resident)
         lost, kept = _log_sum(scores, absent)[:, None], _log_sum(scores, picks & readable)[:, None]
         rest = jnp.logaddexp(kept, _log_sum(scores, taken)[:, None] - odds)
         part = jnp.mean(jax.nn.sigmoid(lost - rest), axis=1)
@@ -80,7 +80,7 @@ def native_share(plan: Level2, model: DeepSeekV4, state: LsaState) -> Float[Arra
     for n, ordinal in enumerate(plan.targets):
         attn, layer = model.layers[plan.csa[ordinal]].attn, state.layers[plan.csa[ordinal]]
         at = jnp.maximum(state.lengths - 1, 0)
-        scores = native_scores(attn, state.hidden[n], at, layer)
+        scores = native_scores(attn, state.last_hidden(n), at, layer)
         picks = topk_mask(scores, exists, plan.cfg.index_topk)
         weight = jnp.where(picks, jnp.exp(scores - _log_sum(scores, picks)[:, None]), 0)
         total += jnp.sum(weight.reshape(weight.shape[0], pages, -1), axis=2) / len(plan.targets)

@@ -55,11 +55,25 @@ def _whole(
     """A layer whose cache is all here."""
     streams, layer, x = block.attend(streams, layer, start, count)
     votes = _observed(plan, block, layer, x, start, count, observe)
-    return block.mix(streams, ids), layer, _last(x, count), votes
+    return block.mix(streams, ids), layer, _tail(plan, x, count), votes
 
 
-def _last(x: Float[Array, "B T D"], count: Int[Array, " B"]) -> Float[Array, "B D"]:
-    return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+def _tail(plan: Level2, x: Float[Array, "B T D"], count: Int[Array, " B"]) -> Array:
+    """Of the first `count` tokens the last `lookback` [B, W, D]; anything where there are fewer."""
+    at = count[:, None] - plan.lookback + jnp.arange(plan.lookback)
+    return jnp.take_along_axis(x, jnp.maximum(at, 0)[..., None], axis=1)
+
+
+@jax.jit
+def _recent(
+    before: Float[Array, "L B W D"], tails: list[Float[Array, "B W D"]], count: Int[Array, " B"]
+) -> Float[Array, "L B W D"]:
+    """The last tokens of all, of which `count` are new."""
+    width = before.shape[2]
+    at = jnp.arange(width) + count[:, None]  # in what was there and then what is new
+    old = jnp.minimum(at, width - 1)[None, ..., None]
+    new = (at >= width)[..., None]
+    return jnp.where(new, jnp.stack(tails), jnp.take_along_axis(before, old, axis=2))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 5))
@@ -97,7 +111,7 @@ def _csa(
         keys = _cut(keys, fresh, plan.fresh_pages)
     entries = _cut(whole.entries, fresh, plan.fresh_pages)
     layer = dataclasses.replace(whole, entries=entries, index_keys=keys)
-    return streams, layer, _last(x, count), packed[0], votes
+    return streams, layer, _tail(plan, x, count), packed[0], votes
 
 
 def _cut(planes: codec.Planes, first: Int[Array, " 1"], count: int) -> codec.Planes:
@@ -217,7 +231,7 @@ def run_chunk(
         layers=tuple(layers),
         lengths=start + counts,
         base=jnp.full_like(base, done * plan.cache.page_entries),
-        hidden=jnp.stack(hidden),
+        hidden=_recent(state.hidden, hidden, counts),
         reads=state.reads,
         votes=state.votes,
     )

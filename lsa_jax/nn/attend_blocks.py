@@ -62,6 +62,11 @@ def sink_attention(
     return (out / total).astype(q.dtype)
 
 
+def _masks(site: Site, capacity: int) -> bool:
+    """Whether entries that a query does not pick are masked; otherwise the picked are gathered."""
+    return not site.compute.gather or capacity <= DENSE_LIMIT * site.cfg.index_topk
+
+
 def _compressed_keys(
     site: Site,
     state: LayerState,
@@ -81,7 +86,7 @@ def _compressed_keys(
     keys, k = flat_entries(state.index_keys), site.cfg.index_topk
     backend = site.compute.kernel_backend
     scores = indexer.index_scores(*index_q, keys, backend=backend)
-    if n <= DENSE_LIMIT * k:
+    if _masks(site, n):
         mask = indexer.topk_mask(scores, visible, k)
         return [KeySet(codec.decode_entries(site.cfg, flat, dtype)[:, None], mask)]
     index, valid = indexer.topk_indices(scores, visible, k, backend=backend)
@@ -138,7 +143,7 @@ def _bytes_per_query(site: Site, state: LayerState, dtype: jnp.dtype) -> int:
     if not site.selects(state):
         return 4 * cfg.num_attention_heads * (n + keys)
     index = min(4 * cfg.index_n_heads * n, CHUNK_BLOCK_BYTES)
-    if n <= DENSE_LIMIT * cfg.index_topk:
+    if _masks(site, n):
         return max(index, 4 * cfg.num_attention_heads * (n + keys))
     gathered = cfg.index_topk * cfg.head_dim * dtype.itemsize
     return max(gathered + 4 * cfg.num_attention_heads * (cfg.index_topk + keys), 16 * n)

@@ -52,6 +52,7 @@ def decode_step(case: Case, shape: MeshShape, device: Device, sent: int | None) 
             heads=case.indexer.n_heads,
             rank=case.indexer.q_lora_rank,
             lookahead=case.lsa.lookahead,
+            lookback=case.lsa.lookback,
         )
     kept = None if case.lsa is None else visible
     one = flops.gflop_per_token(case.cfg, case.context, kept_entries=kept, level1=level1)

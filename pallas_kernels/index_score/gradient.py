@@ -62,10 +62,10 @@ def _of_block(
     d = reference.dots(inputs.q, values)
     dscale = jnp.sum(g * reference.head_sum(d, inputs.w), axis=1)
     g = g * scale[:, None]
-    dw = jnp.einsum("hbtn,btn->bth", jax.nn.relu(d), g, precision=jax.lax.Precision.HIGHEST)
-    dd = jnp.where(d > 0, g * jnp.moveaxis(inputs.w, 2, 0)[..., None], 0)
-    dq = _contract("hbtn,bnk->bthk", dd, values)
-    dk = _contract("hbtn,bthk->bnk", dd, inputs.q)
+    dw = jnp.einsum("bhtn,btn->bth", jax.nn.relu(d), g, precision=jax.lax.Precision.HIGHEST)
+    dd = jnp.where(d > 0, g[:, None] * jnp.moveaxis(inputs.w, 2, 1)[..., None], 0)
+    dq = _contract("bhtn,bnk->bthk", dd, values)
+    dk = _contract("bhtn,bthk->bnk", dd, inputs.q)
     return dq, dw, dk, dscale
 
 

@@ -56,22 +56,23 @@ def block(
     return values, scale, jnp.repeat(pages >= 0, keys.page, axis=1)
 
 
-def dots(q: Float[Array, "B T H K"], values: Float[Array, "B n K"]) -> Float[Array, "H B T n"]:
-    """q . k in float32. Heads lead, so that their sum reads what the matmul wrote in its order."""
+def dots(q: Float[Array, "B T H K"], values: Float[Array, "B n K"]) -> Float[Array, "B H T n"]:
+    """q . k in float32, in the order in which a matmul writes them, so that compilers turn the
+    queries around and not the products."""
     exact = q.dtype == jnp.float32
     dtype = jnp.float32 if exact else jnp.bfloat16  # holds e4m3 exactly
     return jnp.einsum(
-        "bthk,bnk->hbtn",
-        q.astype(dtype),
+        "bhtk,bnk->bhtn",
+        jnp.moveaxis(q.astype(dtype), 2, 1),
         values.astype(dtype),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 
 
-def head_sum(d: Float[Array, "H B T n"], w: Float[Array, "B T H"]) -> Float[Array, "B T n"]:
+def head_sum(d: Float[Array, "B H T n"], w: Float[Array, "B T H"]) -> Float[Array, "B T n"]:
     """sum_h w[h] * relu(d[h])."""
-    return jnp.sum(jax.nn.relu(d) * jnp.moveaxis(w, 2, 0)[..., None], axis=0)
+    return jnp.sum(jax.nn.relu(d) * jnp.moveaxis(w, 2, 1)[..., None], axis=1)
 
 
 def seen(

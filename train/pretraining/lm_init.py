@@ -1,14 +1,14 @@
 """Initial weights of a backbone that is trained from scratch.
 
-Matrices are normal with standard deviation `scale`; gains are 1, those of what is attended to
-`gain`; sinks, compressor slot biases and router biases 0. A hyper-connection starts with all
-streams feeding the sublayer alike and each stream mostly carrying itself (`DIAGONAL` on the mixing
-matrix's diagonal, before its softmax). Hash-routed tokens get experts at random, each expert as
-often as any other.
+Matrices are normal with standard deviation `scale`, embeddings with `embedding`; gains are 1, those
+of what is attended to `gain`; sinks, compressor slot biases and router biases 0. A hyper-connection
+starts with all streams feeding the sublayer alike and each stream mostly carrying itself
+(`DIAGONAL` on the mixing matrix's diagonal, before its softmax), and what it reads off the streams
+counts `mixing` times. Hash-routed tokens get experts at random, each expert as often as any other.
 """
 
 import zlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ SLOT_BIAS = 3.0
 _VALUES, _RAW, _BIAS = (
     f"attn.{x}" for x in ("compressor.wkv.weight", "wkv.weight", "compressor.ape")
 )
+_EMBEDDING = "embed.weight"
 _ATTENDED = ("attn.kv_norm.weight", "attn.compressor.norm.weight")
 
 EntriesInit = Literal["random", "average", "slots"]
@@ -42,20 +43,31 @@ def _hash_table(rng: np.random.Generator, vocab: int, chosen: int, experts: int)
     return cycle[(first + np.arange(chosen)) % experts].astype(np.int32)
 
 
-def _leaf(
-    cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, scale: float, gain: float
-) -> np.ndarray:
+class Scales(NamedTuple):
+    """How large leaves begin (`plan.RunConfig`, `init_...`)."""
+
+    scale: float = SCALE
+    embedding: float = SCALE
+    gain: float = 1.0
+    mixing: float = 1.0
+
+
+DEFAULTS = Scales()
+
+
+def _leaf(cfg: ModelConfig, path: str, spec: ParamSpec, seed: int, scales: Scales) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     name = path.rsplit(".", 1)[-1]
     if spec.kind == "table":
         vocab, chosen = spec.shape
         return _hash_table(rng, vocab, chosen, cfg.n_routed_experts)
     if spec.kind == "norm":
-        return np.full(spec.shape, gain if path.endswith(_ATTENDED) else 1.0, np.float32)
+        return np.full(spec.shape, scales.gain if path.endswith(_ATTENDED) else 1.0, np.float32)
     if spec.kind == "f32" and name != "fn":
         if name == "base":
             return _hyper_base(cfg, spec.shape[0])
-        return np.full(spec.shape, float(name == "scale"), np.float32)
+        return np.full(spec.shape, scales.mixing if name == "scale" else 0.0, np.float32)
+    scale = scales.embedding if path == _EMBEDDING else scales.scale
     return (scale * rng.standard_normal(spec.shape)).astype(np.float32)
 
 
@@ -75,14 +87,12 @@ def initial_leaves(
     cfg: ModelConfig,
     *,
     seed: int,
-    scale: float = SCALE,
-    gain: float = 1.0,
+    scales: Scales = DEFAULTS,
     entries: EntriesInit = "random",
 ) -> dict[str, np.ndarray]:
-    """Every leaf by path: float32, hash tables int32. A leaf depends on the seed and its path, and
-    attention on `gain` and `entries` (`plan.RunConfig`)."""
+    """Every leaf by path: float32, hash tables int32. A leaf depends on the seed and its path."""
     table = parameter_table(cfg)
-    leaves = {path: _leaf(cfg, path, spec, seed, scale, gain) for path, spec in table.items()}
+    leaves = {path: _leaf(cfg, path, spec, seed, scales) for path, spec in table.items()}
     for path in [path for path in table if path.endswith(_VALUES) and entries != "random"]:
         # What a layer learns to find in its window it then finds further back as well.
         raw = leaves[path.replace(_VALUES, _RAW)]

@@ -51,8 +51,12 @@ def initial_state(cfg: PretrainConfig, model: ModelConfig) -> LmState:
     leaves = lm_init.initial_leaves(
         model,
         seed=cfg.run.seed,
-        scale=cfg.run.init_scale,
-        gain=cfg.run.init_gain,
+        scales=lm_init.Scales(
+            scale=cfg.run.init_scale,
+            embedding=cfg.run.init_embedding,
+            gain=cfg.run.init_gain,
+            mixing=cfg.run.init_mixing,
+        ),
         entries=cfg.run.init_entries,
     )
     params = {path: jnp.asarray(x) for path, x in leaves.items() if not lm_step.is_fixed(path)}
@@ -68,7 +72,7 @@ class _Steps:
     def __init__(self, cfg: PretrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         self.cfg, self.model, self.mesh = cfg, model, mesh
         self.optimizer = make_optimizer(cfg.optimizer)
-        self.compute = ComputeConfig(dtype=cfg.run.compute_dtype, backend="xla")
+        self.compute = ComputeConfig(dtype=cfg.run.compute_dtype, backend="xla", gather=False)
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.rows = NamedSharding(mesh, PartitionSpec("data"))
         self._programs: dict[int, concurrent.futures.Future[Callable[..., Any]]] = {}

@@ -93,7 +93,9 @@ class RunConfig:
 
     seed: int = 0
     init_scale: float = 0.02
+    init_embedding: float = 0.02
     init_gain: float = 1.0
+    init_mixing: float = 1.0
     init_entries: EntriesInit = "random"
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpoint_every: int = 500
@@ -106,7 +108,7 @@ class RunConfig:
         for name, bound in least.items():
             if number(f"run.{name}", getattr(self, name), int) < bound:
                 raise refusal(f"run.{name}", getattr(self, name), f">= {bound}")
-        for name in ("init_scale", "init_gain"):
+        for name in ("init_scale", "init_embedding", "init_gain", "init_mixing"):
             if number(f"run.{name}", getattr(self, name), float) <= 0:
                 raise refusal(f"run.{name}", getattr(self, name), "> 0")
 

@@ -37,16 +37,19 @@ def _check_word(field: str, value: object, known: Any) -> None:
 class IndexerOptions:
     """What the traces do not decide of the indexer (`lsa_jax.lsa.indexer_config`).
 
-    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says.
+    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. So is
+    `lookback`: every token is trained to say what the tokens after it need, and a fire asks the
+    last `lookback` of them.
     """
 
     n_heads: int = 128
     q_lora_rank: int = 2048
     ensemble: Ensemble = "max"
     query_mode: QueryMode = "float32"
+    lookback: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("n_heads", "q_lora_rank"):
+        for name in ("n_heads", "q_lora_rank", "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         _check_word("indexer.ensemble", self.ensemble, Ensemble)
