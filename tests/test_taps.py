@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 CONFIG = lsa_models.CONFIG  # layers csa, hca, csa; each attends its top 3 entries
 RATIO, TARGETS, TOP_K, STEPS = CONFIG.csa_ratio, (0, 1), 5, 25
+WINDOW = CONFIG.sliding_window
 EPS = 0.03  # of mass, so that some is left out
 VOTES = VoteConfig(top_k=TOP_K, top_p=0.6, min_layers=1)
 PROMPT = lsa_models.prompt(37)
@@ -212,7 +213,10 @@ def test_keys_of_one_pass_are_those_of_a_second_over_prompt_and_answer(recorder,
 def test_a_replayed_answer_makes_the_trace_of_having_said_it(recorder, trace, answer, tmp_path):
     document = Document("doc", "a test", PROMPT, answer[:STEPS])
     again = open_trace(recorder.record(document, tmp_path).path)
-    assert again.columns == trace.columns and again.info == trace.info
+    assert 2 * recorder.engine.replay_tokens < STEPS, "tokens are fed together, and several times"
+    assert again.columns.keys() == trace.columns.keys() and again.info == trace.info
+    for name in trace.columns:
+        np.testing.assert_allclose(again.read(name), trace.read(name), atol=ERROR, err_msg=name)
 
 
 def test_a_replay_feeds_the_answer_whatever_the_model_would_say(recorder, answer, tmp_path):
@@ -271,11 +275,14 @@ def test_prompts_that_are_too_short_or_too_long_are_named(recorder, tmp_path):
 
 def test_options_that_do_not_fit_are_refused(recorder):
     engine, (token, state) = begun(recorder)
-    for wrong, named in (({"steps": 17}, "steps"), ({"steps": 4, "forced": [1]}, "forced")):
-        with pytest.raises(ConfigError, match=named):
-            engine.record(state, token, **wrong)
-    with pytest.raises(ConfigError, match="one row, got 2"):
-        engine.record(engine.start(batch=2, capacity=256), token, steps=1)
+    with pytest.raises(ConfigError, match="steps"):
+        engine.record(state, token, steps=17)
+    with pytest.raises(ConfigError, match=f"tokens must be 1..replay_tokens={WINDOW}, got 0"):
+        engine.replay(state, [])
+    two = engine.start(batch=2, capacity=256)
+    for ask in (lambda: engine.record(two, token, steps=1), lambda: engine.replay(two, [1])):
+        with pytest.raises(ConfigError, match="one row, got 2"):
+            ask()
     votes = dataclasses.replace(VOTES, min_layers=3)
     config = RecordConfig(targets=TARGETS, votes=votes)
     with pytest.raises(ConfigError, match=r"votes.min_layers must be <= the model's 2 CSA"):

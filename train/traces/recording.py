@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from lsa_jax.cache import codec
 from lsa_jax.cache.state import DecodeState
 from lsa_jax.config import CacheConfig, ConfigError, ModelConfig
 from lsa_jax.config_checks import number, refusal
-from lsa_jax.engine import Burst, capacity_for
+from lsa_jax.engine import capacity_for
 from lsa_jax.lsa.targets import check_targets, csa_layers
 from lsa_jax.nn.transformer import DeepSeekV4
 from train.traces.columns import TraceError
@@ -186,44 +187,44 @@ class Recorder:
     ) -> Recorded:
         """Decodes and appends burst by burst; finishes the trace."""
         fed: list[int] = []
-        labels, mass, kept_mass, golden, stopped = 0, 0.0, 0.0, None, False
-        for burst, taps, after in self._bursts(document, state, token):
-            count = int(np.asarray(burst.count)[0])
-            positions = len(document.prompt) + len(fed) + np.arange(count)
-            seen = self._seen(taps, positions)
+        labels, mass, kept_mass, golden, after, stopped = 0, 0.0, 0.0, None, state, False
+        bursts = self._drawn if document.answer is None else self._replayed
+        for part in bursts(document, state, token):
+            positions = len(document.prompt) + len(fed) + np.arange(len(part.ids))
+            seen = self._seen(part.taps, positions)
             writer.append(seen.hidden, positions, seen.votes, seen.mass)
-            drawn = np.asarray(burst.tokens)[0, :count].tolist()
-            fed += [token, *drawn[:-1]]
-            token, stopped = drawn[-1], bool(np.asarray(burst.done)[0])
+            fed += part.ids
+            after, stopped = part.state, part.ended
             golden = seen.golden if golden is None else golden
             labels += len(seen.votes.indices)
             mass, kept_mass = mass + seen.total_mass, kept_mass + float(seen.mass.values.sum())
-            state = after
-            progress(count)
-        keys = target_keys(self.engine.cfg, self.config.targets, state)
+            progress(len(part.ids))
+        keys = target_keys(self.engine.cfg, self.config.targets, after)
         note(fed, stopped)
         trace = open_trace(writer.finish(keys, golden), verify=False)
         nbytes = sum(math.prod(c.shape) * c.numpy_dtype.itemsize for c in trace.columns.values())
         return Recorded(trace.path, tuple(fed), stopped, labels, nbytes, mass, kept_mass)
 
-    def _bursts(
-        self, document: Document, state: DecodeState, token: int
-    ) -> Iterator[tuple[Burst, Taps, DecodeState]]:
-        """Bursts until the answer ends, with the state after each."""
-        answer, most = document.answer, self._most(document)
-        done, ended, fed = 0, False, jnp.asarray([token], jnp.int32)
+    def _drawn(self, document: Document, state: DecodeState, token: int) -> Iterator["_Fed"]:
+        """What the model says from `token` on, until its answer ends."""
+        done, ended, most = 0, False, self._most(document)
         while done < most and not ended:
             steps = min(self.engine.max_burst, most - done)
-            forced: list[int] = []
-            if answer is not None:  # what follows the last token is fed to nobody
-                forced = [*answer[done + 1 : done + steps + 1], 0][:steps]
-            stop = self.stop if answer is None else ()
-            burst, taps, state = self.engine.record(
-                state, fed, steps=steps, forced=forced, stop=stop
-            )
-            yield burst, taps, state
-            done, ended = done + steps, bool(np.asarray(burst.done)[0])
-            fed = burst.last_token(fed)
+            first = jnp.asarray([token], jnp.int32)
+            burst, taps, state = self.engine.record(state, first, steps=steps, stop=self.stop)
+            drawn = np.asarray(burst.tokens)[0, : int(np.asarray(burst.count)[0])].tolist()
+            ended = bool(np.asarray(burst.done)[0])
+            yield _Fed([token, *drawn[:-1]], taps, state, ended)
+            done, token = done + steps, drawn[-1]
+
+    def _replayed(self, document: Document, state: DecodeState, _: int) -> Iterator["_Fed"]:
+        """The answer that is given, many tokens at once."""
+        assert document.answer is not None
+        answer, size = document.answer[: self._most(document)], self.engine.replay_tokens
+        for at in range(0, len(answer), size):
+            ids = list(answer[at : at + size])
+            taps, state = self.engine.replay(state, ids)
+            yield _Fed(ids, taps, state, False)
 
     def _seen(self, taps: Taps, positions: np.ndarray) -> "_Seen":
         count, votes = len(positions), self.config.votes
@@ -237,6 +238,15 @@ class Recorder:
         for step, exist in enumerate(there[: len(golden)]):
             golden[step, :, exist:] = np.nan
         return _Seen(np.asarray(taps.hidden)[:count], rows, mass, total, golden)
+
+
+class _Fed(NamedTuple):
+    """Tokens that were fed together, what was tapped, the state then, whether the answer ended."""
+
+    ids: list[int]
+    taps: Taps
+    state: DecodeState
+    ended: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,12 @@
     engine = TappedEngine(model, cache, TapConfig(targets=(10, 12, 20), top_k=512))
     logits, state = engine.prefill(engine.start(batch=1, capacity=4096), [prompt_ids])
     burst, taps, state = engine.record(state, token, steps=64)
+    taps, state = engine.replay(state, tokens)
 
-The loop is that of `Engine.decode`, and a step that of the model. What is tapped is computed beside
-a layer, from its input and its state after the step, by the layer's own methods; the compiler
-merges what the layer computes itself. A layer without taps is thus left as it is.
+The loop is that of `Engine.decode`, and a step that of the model; tokens that are known beforehand
+go through it together, as in a prefill. What is tapped is computed beside a layer, from its input
+and its states around it, by the layer's own methods; the compiler merges what the layer computes
+itself. A layer without taps is thus left as it is.
 """
 
 import dataclasses
@@ -67,85 +69,95 @@ class Taps:
 
 
 class _LayerTap(NamedTuple):
-    hidden: Float[Array, " D"]
-    scores: Float[Array, " N"]
-    logits: Float[Array, " k"]
-    entries: Int[Array, " k"]
-    mass: Float[Array, " m"]
+    hidden: Float[Array, "T D"]
+    scores: Float[Array, "T N"]
+    logits: Float[Array, "T k"]
+    entries: Int[Array, "T k"]
+    mass: Float[Array, "T m"]
 
 
 def entry_mass(
     attn: Attention,
-    latent: Float[Array, "1 1 r"],
-    position: Int[Array, "1 1"],
-    layer: LayerState,
-    index: Int[Array, "1 1 m"],
-    valid: Bool[Array, "1 1 m"],
-) -> Float[Array, " m"]:
-    """Attention on entries that a CSA layer attends in a decode step: softmax over these, the
-    window, and the sink logit; mean over heads, float32. `layer` is the state after the step."""
-    assert layer.entries is not None
-    q = attn.queries(latent, position)[0, 0]
-    picked = take_entries(flat_entries(layer.entries), index)
-    entries = codec.decode_entries(attn.cfg, picked, attn.dtype)[0, 0]
-    window = layer.window[0].astype(attn.dtype)
-    there = jnp.arange(len(window)) <= position[0]
+    latent: Float[Array, "1 T r"],
+    positions: Int[Array, "1 T"],
+    before: LayerState,
+    after: LayerState,
+    index: Int[Array, "1 T m"],
+    valid: Bool[Array, "1 T m"],
+) -> Float[Array, "T m"]:
+    """Attention on entries that a CSA layer attends, for T <= window tokens: softmax over these,
+    the window, and the sink logit; mean over heads, float32. `before` and `after` are the states
+    around these tokens, whose windows together have all that each of them attends to."""
+    assert after.entries is not None
+    q = attn.queries(latent, positions)[0]
+    picked = take_entries(flat_entries(after.entries), index)
+    entries = codec.decode_entries(attn.cfg, picked, attn.dtype)[0]
+    window = jnp.concatenate([before.window[0], after.window[0]]).astype(attn.dtype)
+    within = _in_window(positions[0], before.window.shape[1])
 
-    def scores(keys: Float[Array, "n c"], exists: Bool[Array, " n"]) -> Float[Array, "H n"]:
-        dots = jnp.einsum(
-            "hc,nc->hn",
-            q,
-            keys,
-            precision=precision(q.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return jnp.where(exists, dots * attn.cfg.head_dim**-0.5, -jnp.inf)
+    def scores(spec: str, keys: Array, exists: Bool[Array, "T n"]) -> Float[Array, "T H n"]:
+        exact = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
+        dots = jnp.einsum(spec, q, keys, **exact) * attn.cfg.head_dim**-0.5
+        return jnp.where(exists[:, None], dots, -jnp.inf)
 
     sink = attn.sink_logit[...].astype(jnp.float32)[:, None]
-    rest = jnp.concatenate([scores(window, there), sink], axis=1)
-    both = jnp.concatenate([scores(entries, valid[0, 0]), rest], axis=1)
-    return jnp.mean(jax.nn.softmax(both, axis=1)[:, : len(entries)], axis=0)
+    sink = jnp.broadcast_to(sink, (len(q), *sink.shape))
+    rest = [scores("thc,nc->thn", window, within), sink]
+    both = jnp.concatenate([scores("thc,tnc->thn", entries, valid[0]), *rest], axis=2)
+    return jnp.mean(jax.nn.softmax(both, axis=2)[..., : entries.shape[1]], axis=1)
+
+
+def _in_window(positions: Int[Array, " T"], size: int) -> Bool[Array, "T n"]:
+    """What consecutive tokens see of the two rings around them: of the one before them what they
+    have not left behind, of the one after them what lies between the first of them and each."""
+    slots, first = jnp.arange(size), positions[0]
+    old = first - 1 - (first - 1 - slots) % size
+    new = first + (slots - first) % size
+    old = (old >= 0) & (old > positions[:, None] - size)
+    return jnp.concatenate([old, new <= positions[:, None]], axis=1)
 
 
 def tap_layer(
     attn: Attention,
-    x: Float[Array, "1 1 D"],
-    position: Int[Array, "1 1"],
-    layer: LayerState,
+    x: Float[Array, "1 T D"],
+    positions: Int[Array, "1 T"],
+    before: LayerState,
+    after: LayerState,
     top_k: int,
 ) -> _LayerTap:
-    """What a CSA layer's indexer and attention make of its input; `layer` is the state after it."""
-    assert attn.indexer is not None and layer.index_keys is not None
+    """What a CSA layer's indexer and attention make of its input, T <= window tokens; `before` and
+    `after` are the layer's states around them."""
+    assert attn.indexer is not None and after.index_keys is not None
     latent = attn.latent_query(x)
-    query = attn.indexer.queries(latent, x, position)
-    scores = index_scores(*query, flat_entries(layer.index_keys), backend=attn.backend)
-    visible = visible_entries(position, attn.cfg.csa_ratio, scores.shape[-1])
+    query = attn.indexer.queries(latent, x, positions)
+    scores = index_scores(*query, flat_entries(after.index_keys), backend=attn.backend)
+    visible = visible_entries(positions, attn.cfg.csa_ratio, scores.shape[-1])
     attended = min(attn.cfg.index_topk, scores.shape[-1])
     index, valid = topk_indices(scores, visible, max(top_k, attended), backend="xla")
     logits = jnp.where(valid, jnp.take_along_axis(scores, index, axis=-1), -jnp.inf)
     some = index[..., :attended], valid[..., :attended]
-    mass = entry_mass(attn, latent, position, layer, *some)
-    return _LayerTap(x[0, 0], scores[0, 0], logits[0, 0], index[0, 0], mass)
+    mass = entry_mass(attn, latent, positions, before, after, *some)
+    return _LayerTap(x[0], scores[0], logits[0], index[0], mass)
 
 
-def tapped_step(
+def tapped(
     model: DeepSeekV4,
     top_k: int,
     state: DecodeState,
-    token: Int[Array, " 1"],
-    live: Bool[Array, " 1"],
-) -> tuple[Float[Array, "1 1 n D"], DecodeState, list[_LayerTap]]:
-    """`model(token[:, None], state, live)`, and what every CSA layer saw."""
-    ids, count = token[:, None], live.astype(jnp.int32)
+    ids: Int[Array, "1 T"],
+    count: Int[Array, " 1"],
+) -> tuple[Float[Array, "1 T n D"], DecodeState, list[_LayerTap]]:
+    """`model(ids, state, count)`, and what every CSA layer saw; T is at most the window."""
+    positions = state.lengths[:, None] + jnp.arange(ids.shape[1])
     streams, layers, taps = model.streams(ids), [], []
-    for i, (block, layer) in enumerate(zip(model.layers, state.layers, strict=True)):
+    for i, (block, before) in enumerate(zip(model.layers, state.layers, strict=True)):
         with jax.named_scope(f"layer_{i}"):
-            streams, layer, x = block.attend(streams, layer, state.lengths, count)
+            streams, after, x = block.attend(streams, before, state.lengths, count)
             streams = block.mix(streams, ids)
-        layers.append(layer)
+        layers.append(after)
         if block.attn.indexer is not None:
             with jax.named_scope(f"taps_{i}"):
-                taps.append(tap_layer(block.attn, x, state.lengths[:, None], layer, top_k))
+                taps.append(tap_layer(block.attn, x, positions, before, after, top_k))
     return streams, DecodeState(tuple(layers), state.lengths + count), taps
 
 
@@ -181,17 +193,21 @@ def _empty_taps(
     )
 
 
-def _noted(taps: Taps, config: TapConfig, step: Int[Array, ""], seen: list[_LayerTap]) -> Taps:
-    """Taps with those of one step."""
+def _stacked(config: TapConfig, seen: list[_LayerTap]) -> Taps:
+    """Taps of the tokens that went through the model together."""
     targets = [seen[ordinal] for ordinal in config.targets]
-    scores = jnp.stack([tap.scores for tap in targets])
     return Taps(
-        hidden=taps.hidden.at[step].set(jnp.stack([tap.hidden for tap in targets])),
-        logits=taps.logits.at[step].set(jnp.stack([tap.logits for tap in seen])),
-        entries=taps.entries.at[step].set(jnp.stack([tap.entries for tap in seen])),
-        mass=taps.mass.at[step].set(jnp.stack([tap.mass for tap in seen])),
-        golden=taps.golden.at[step].set(scores, mode="drop"),  # later steps are out of range
+        hidden=jnp.stack([tap.hidden for tap in targets], axis=1),
+        logits=jnp.stack([tap.logits for tap in seen], axis=1),
+        entries=jnp.stack([tap.entries for tap in seen], axis=1),
+        mass=jnp.stack([tap.mass for tap in seen], axis=1),
+        golden=jnp.stack([tap.scores[:GOLDEN_STEPS] for tap in targets], axis=1),
     )
+
+
+def _noted(taps: Taps, step: Int[Array, ""], one: Taps) -> Taps:
+    """Taps with those of one step; of `golden`, steps that are out of range are dropped."""
+    return jax.tree.map(lambda all_, x: all_.at[step].set(x[0], mode="drop"), taps, one)
 
 
 class TappedEngine(Engine):
@@ -208,8 +224,9 @@ class TappedEngine(Engine):
         mesh: Mesh | None = None,
     ):
         super().__init__(model, cache, prefill_chunk=prefill_chunk, max_burst=max_burst, mesh=mesh)
-        if max_burst < GOLDEN_STEPS:
-            raise ConfigError(f"max_burst must be >= {GOLDEN_STEPS}, got {max_burst}")
+        if self.replay_tokens < GOLDEN_STEPS:
+            got = f"{max_burst} and {model.cfg.sliding_window}"
+            raise ConfigError(f"max_burst and the window must be >= {GOLDEN_STEPS}, got {got}")
         check_targets(model.cfg, taps.targets)
         self.taps = taps
 
@@ -219,41 +236,64 @@ class TappedEngine(Engine):
         token: Int[Array, " 1"],
         *,
         steps: int,
-        forced: Sequence[int] = (),
         stop: Sequence[int] = (),
     ) -> tuple[Burst, Taps, DecodeState]:
         """Feeds `token`, draws the likeliest next, and so on, as `decode` does with `Greedy`.
 
-        Step i's taps are of the token that it feeds, at position state.lengths + i. Where `forced`
-        is not empty, forced[i] stands for the token that step i draws.
+        Step i's taps are of the token that it feeds, at position state.lengths + i.
         """
         if state.lengths.shape != (1,):
             raise ConfigError(f"state must have one row, got {state.lengths.shape[0]}")
         if not 1 <= steps <= self.max_burst:
             raise ConfigError(f"steps must be in 1..max_burst={self.max_burst}, got {steps}")
-        if len(forced) not in (0, steps):
-            raise ConfigError(f"forced must have {steps} tokens or none, got {len(forced)}")
         self._check_room(state, np.array([steps]))
-        given = np.full(self.max_burst, -1, np.int32)
-        given[: len(forced)] = forced
-        args = self._rows(token), jnp.asarray(given), jnp.int32(steps), self.taps, tuple(stop)
+        args = self._rows(token), jnp.int32(steps), self.taps, tuple(stop)
         (burst, taps), state = self._run("record", state, *args)
         return burst, taps, state
 
+    def replay(self, state: DecodeState, tokens: Sequence[int]) -> tuple[Taps, DecodeState]:
+        """Feeds these tokens, at most `replay_tokens`, at once: what `record` would tap if it had
+        drawn them. Taps have room for `replay_tokens`."""
+        if state.lengths.shape != (1,):
+            raise ConfigError(f"state must have one row, got {state.lengths.shape[0]}")
+        if not 1 <= len(tokens) <= self.replay_tokens:
+            wanted = f"1..replay_tokens={self.replay_tokens}"
+            raise ConfigError(f"tokens must be {wanted}, got {len(tokens)}")
+        count = np.array([len(tokens)], np.int32)
+        self._check_room(state, count)
+        ids = np.zeros((1, self.replay_tokens), np.int32)
+        ids[0, : len(tokens)] = tokens
+        return self._run("replay", state, jnp.asarray(ids), jnp.asarray(count), self.taps)
+
+    @property
+    def replay_tokens(self) -> int:
+        """Tokens that `replay` takes at once: a window and a burst hold so many."""
+        return min(self.max_burst, self.cfg.sliding_window)
+
+    def _replay(self, config: TapConfig) -> Callable[..., Any]:
+        def program(
+            weights: list[Array], state: DecodeState, ids: Array, count: Array
+        ) -> tuple[Taps, DecodeState]:
+            model = jax.tree.unflatten(self._treedef, weights)
+            _, state, seen = tapped(model, config.top_k, state, ids, count)
+            return _stacked(config, seen), state
+
+        return program
+
     def _record(self, config: TapConfig, stop: tuple[int, ...]) -> Callable[..., Any]:
         def program(
-            weights: list[Array], state: DecodeState, token: Array, forced: Array, n: Array
+            weights: list[Array], state: DecodeState, token: Array, n: Array
         ) -> tuple[tuple[Burst, Taps], DecodeState]:
             model = jax.tree.unflatten(self._treedef, weights)
 
             def forward(
                 at: _Recording, token: Array, live: Array
             ) -> tuple[Float[Array, "1 V"], _Recording]:
-                streams, state, seen = tapped_step(model, config.top_k, at.state, token, live)
+                count = live.astype(jnp.int32)
+                streams, state, seen = tapped(model, config.top_k, at.state, token[:, None], count)
                 drawn = model.logits(streams)[:, 0]
-                given = forced[at.step]
-                drawn = jnp.where(given < 0, drawn, jax.nn.one_hot(given, drawn.shape[-1]))
-                return drawn, _Recording(state, _noted(at.taps, config, at.step, seen), at.step + 1)
+                taps = _noted(at.taps, at.step, _stacked(config, seen))
+                return drawn, _Recording(state, taps, at.step + 1)
 
             taps = _empty_taps(self.cfg, config, state, self.max_burst, model.dtype)
             burst = empty_burst(jnp.zeros((1,), bool), self.max_burst, None)
