@@ -54,7 +54,11 @@ from train.tables import check_same
 
 RECIPES: dict[str, tuple[str, ...]] = {
     "authors": (),
-    "ours": ("sampling.evictable_only=true", "objective.focal=0.0", "objective.mass=1.0"),
+    "ours": (
+        *("sampling.causal=true", "objective.focal=0.0", "objective.share=1.0"),
+        "indexer.score=softmax",
+    ),
+    "distilled": ("sampling.evictable_only=true", "objective.focal=0.0", "objective.mass=1.0"),
     "evictable": ("sampling.evictable_only=true",),
     "mass": ("objective.focal=0.0", "objective.mass=1.0"),
     "missed": ("sampling.evictable_only=true", "objective.focal=0.0", "objective.missed=1.0"),

@@ -70,7 +70,7 @@ def parse(argv: list[str]) -> Demo:
     add("--indexer", type=Path, metavar="FILE", help="its memory indexer; default: the embedded")
     add("--context", type=arguments.positive, default=8192, help="tokens; default 8192")
     add("--seed", type=arguments.seed, default=0, help="another text; default 0")
-    add("--kv-budget", default="0.135", help="KV on the device with LSA; default 0.135 of all")
+    add("--kv-budget", default="0.10", help="KV on the device with LSA; default 0.10 of all")
     add("--json", type=Path, metavar="FILE", help="correct answers and bytes of both")
     add("--plot", type=Path, metavar="FILE.png", help="the map; needs matplotlib")
     given = vars(parser.parse_args(argv))

@@ -236,8 +236,8 @@ def add_lsa(parser: argparse.ArgumentParser) -> None:
     add(
         "--threshold",
         type=arguments.inner,
-        help="probability above which an entry is wanted; default: as calibrated in the indexer's "
-        "file, for the policy budget, else 0.5",
+        help="score above which an entry is wanted; default: as calibrated in the indexer's "
+        "file, for the policy budget, else 0.5 of probabilities, an even share of shares",
     )
     add(
         "--recency",

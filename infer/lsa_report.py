@@ -10,6 +10,7 @@ from infer.options import Options
 from infer.report import circumstances, write
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa import report
+from lsa_jax.lsa.policy import default_threshold
 
 
 def check_plot(options: Options) -> None:
@@ -43,13 +44,17 @@ def as_json(options: Options, session: LsaTurns) -> dict[str, Any]:
     """
     assert session.lsa is not None
     plan = session.plan
-    calibrated, content = plan.calibration is not None, report.as_json(session.lsa)
-    if calibrated:  # what the policy has for files without thresholds of their own
-        content["lsa"]["policy"]["threshold"] = "calibrated"
+    content, threshold = report.as_json(session.lsa), plan.lsa.policy.threshold
+    if plan.calibration is not None:
+        threshold = "calibrated"
+    elif threshold is None:
+        score = "sigmoid" if session.indexer is None else session.indexer.cfg.score
+        threshold = default_threshold(score)
+    content["lsa"]["policy"]["threshold"] = threshold
     return {
         **content,
         "indexer": _indexer(session),
-        "threshold": "calibrated" if calibrated else plan.lsa.policy.threshold,
+        "threshold": threshold,
         "calibrated_thresholds": list(plan.calibration.thresholds) if plan.calibration else None,
         "peak_device_bytes_above_weights": session.peak_bytes,
         **circumstances(options, session),
@@ -62,4 +67,5 @@ def _indexer(session: LsaTurns) -> dict[str, str] | None:
         return None
     cfg = session.indexer.cfg
     dtype = session.indexer.retrievers[0].wq_a.dtype.name
-    return {"dtype": dtype, "query_mode": cfg.query_mode, "ensemble": cfg.ensemble}
+    names = ("query_mode", "ensemble", "score", "lookback")
+    return {"dtype": dtype, **{name: getattr(cfg, name) for name in names}}

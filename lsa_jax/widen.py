@@ -7,12 +7,13 @@ starts from, and something to decode with until then.
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 import jax
 
 from lsa_jax import cli, model_io
 from lsa_jax.checkpoint import store
-from lsa_jax.lsa.indexer_config import IndexerConfig
+from lsa_jax.lsa.indexer_config import IndexerConfig, Score
 from lsa_jax.lsa.indexer_io import save_indexer
 from lsa_jax.lsa.targets import default_target_layers
 from lsa_jax.lsa.widening import widen
@@ -30,6 +31,7 @@ def widen_checkpoint(args: argparse.Namespace) -> int:
         q_lora_rank=args.rank or model.q_lora_rank,
         ensemble=args.ensemble,
         lookback=args.lookback,
+        score=args.score,
     )
     attention = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
     wanted = tuple(prefix + name for prefix in attention for name in _LEAVES)
@@ -56,8 +58,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, help="at least the model's index heads (default)")
     parser.add_argument("--rank", type=int, help="at least the model's query rank (default)")
     parser.add_argument("--ensemble", choices=("max", "mean", "learned"), default="max")
-    help_ = "last tokens whose highest score counts; default 1"
+    help_ = "last tokens that say what is needed; default 1"
     parser.add_argument("--lookback", type=int, default=1, help=help_)
+    help_ = "of an entry: its probability (default), or its share of the attention to come"
+    parser.add_argument("--score", choices=get_args(Score), default="sigmoid", help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of weights without effect yet")
     return parser.parse_args(argv)
 

@@ -69,6 +69,21 @@ def numpy_mass(z: np.ndarray, t: Targets, rate: float) -> np.ndarray:
     return np.where(t.valid, cross, 0).sum(axis=(1, 2)) / max(t.valid.sum(), 1)
 
 
+def numpy_share(z: np.ndarray, t: Targets) -> np.ndarray:
+    """Every candidate written out as many times as it stands for, as a distribution of entries."""
+    lost, total = np.zeros(len(z)), 0.0
+    for row in range(len(t.labels)):
+        valid = t.valid[row]
+        count, mass = t.stands_for[row][valid].astype(np.float64), t.mass[row][valid]
+        weight = float((count * mass).sum())
+        total += weight
+        for layer in range(len(z)) if weight else ():
+            q = np.exp(z[layer, row][valid])
+            p, q = mass / weight, q / (count * q).sum()
+            lost[layer] += weight * (count * p * np.log(np.maximum(p, 1e-30) / q)).sum()
+    return lost / max(total, 1e-12)
+
+
 def numpy_missed(z: np.ndarray, t: Targets, budget: np.ndarray, temperature: float) -> np.ndarray:
     lost, total = np.zeros(len(z)), 0.0
     for row in range(len(budget)):

@@ -110,7 +110,7 @@ def test_recipes_differ_in_what_they_set_and_seeds_in_seeds_only(root: Path) -> 
 
     seeds = {"run.seed", "data.seed", "sampling.seed"}
     assert changed(begun["ours_0"], begun["ours_1"]) == seeds
-    own = {"sampling.evictable_only", "objective.focal", "objective.mass"}
+    own = {"sampling.causal", "objective.focal", "objective.share", "indexer.score"}
     assert changed(begun["authors_0"], begun["ours_0"]) == own
 
 

@@ -93,7 +93,7 @@ def test_a_logit_is_the_highest_of_the_tokens_that_there_are(position):
     state = read([16, 16, 6])
     keys = [state.layers[i].index_keys for i in plan(LOOKBACK).target_layers]
     flat = [jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[3:]), planes) for planes in keys]
-    got = WIDE.recent(state.hidden, jnp.asarray([position]), flat)
+    got = WIDE.recent(state.hidden, jnp.asarray([position]), flat, jnp.asarray([7]))
     single = [
         WIDE(state.hidden[:, :, LOOKBACK - 1 - age], jnp.asarray([position - age]), flat)
         for age in range(min(LOOKBACK, position + 1))

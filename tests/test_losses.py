@@ -17,6 +17,7 @@ from tests.loss_formulas import (
     numpy_mass,
     numpy_missed,
     numpy_pairwise,
+    numpy_share,
     numpy_term,
     sigmoid,
 )
@@ -47,6 +48,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., np.ndarray]]] = {
         lambda z, t: losses.mass_distillation(z, t, rate=0.7),
         lambda z, t: numpy_mass(z, t, 0.7),
     ),
+    "share": (losses.attention_share, numpy_share),
     "missed": (
         lambda z, t: losses.missed_mass(z, t, jnp.asarray(BUDGET), temperature=0.6),
         lambda z, t: numpy_missed(z, t, BUDGET, 0.6),
@@ -261,6 +263,23 @@ def test_training_on_missed_mass_alone_finds_the_heavy_entries() -> None:
     assert set(np.argsort(-np.asarray(z[0, 0]))[:2]) == {1, 6}
     # 4/9 is missed at the best: 1/9 by mass; the soft set reaches within a tenth of it.
     assert float(losses.missed_mass(z, targets, jnp.array([2.0]))[0]) < 0.2
+
+
+def test_shares_are_learned_from_a_fraction_of_the_candidates_as_from_all() -> None:
+    """Logarithms of the mass, up to a constant of the row, have no divergence and no gradient."""
+    mass = [4.0, 2.0, 1.0, 1.0, 1.0]
+    whole = one_row(np.log(mass) + 3, mass, [1] * 5)
+    drawn = one_row(np.log(mass[:3]) - 7, mass[:3], [1, 1, 3])
+    for row in (whole, drawn):
+        found, slope = jax.value_and_grad(lambda z, t: losses.attention_share(z, t)[0])(
+            jnp.asarray(row[0]), row[1]
+        )
+        assert abs(float(found)) < 1e-6
+        np.testing.assert_allclose(slope, 0, atol=1e-6)
+    other = one_row([0.0] * 5, mass, [1] * 5)
+    share = np.array(mass) / 9
+    want = (share * np.log(5 * share)).sum()  # against an even spread
+    assert float(losses.attention_share(*other)[0]) == pytest.approx(want, rel=1e-5)
 
 
 def test_pages_are_scored_by_their_best_valid_entry_and_hold_all_its_mass() -> None:

@@ -176,7 +176,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
         assert a @ b > 0.999 * np.linalg.norm(a) * np.linalg.norm(b), name
 
 
-MANY = ObjectiveConfig(bce=1.0, bpr=0.5, missed=2.0, mass=0.5, on_ensemble=0.5)
+MANY = ObjectiveConfig(bce=1.0, bpr=0.5, missed=2.0, mass=0.5, share=0.7, on_ensemble=0.5)
 PAGES = ObjectiveConfig(missed=1.0, focal=0.0, page_entries=3, kept_shares=(0.2, 0.5))
 
 

@@ -23,9 +23,10 @@ import numpy as np
 from lsa_jax import cli, config_io
 from lsa_jax.config import ConfigError, ModelConfig
 from lsa_jax.lsa import indexer_config
+from lsa_jax.lsa.indexer_config import Score
 from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_io import from_file
-from lsa_jax.lsa.policy import PolicyConfig
+from lsa_jax.lsa.policy import default_threshold
 from train import study_options
 from train.data.labels import ResidentRule
 from train.export import read_source
@@ -61,9 +62,8 @@ def _protocol(
     """Thresholds that a file brings hold for the policy "budget" unless one is given, as in
     decoding."""
     calibrated = args.threshold is None and args.policy == "budget"
-    threshold = PolicyConfig().threshold if args.threshold is None else args.threshold
     return Protocol(
-        metrics=MetricsConfig(threshold=threshold, ks=args.ks, resident=rule),
+        metrics=MetricsConfig(threshold=args.threshold, ks=args.ks, resident=rule),
         budgets=parse_budgets(args.budgets),
         interval=args.interval,
         window=args.window,
@@ -159,7 +159,7 @@ def as_json(
                 "file": str(case.path),
                 "step": case.step,
                 "config": indexer_config.to_json(case.file.config),
-                "threshold": _threshold(case.protocol),
+                "threshold": _threshold(case.protocol, case.file.config.score),
                 **report.summary_json(summaries[name]),
             }
             for name, case in cases.items()
@@ -168,11 +168,12 @@ def as_json(
     }
 
 
-def _threshold(protocol: Protocol) -> Any:
-    """One for all lengths, or the calibration that was used."""
-    if protocol.calibration is None:
-        return protocol.metrics.threshold
-    return dataclasses.asdict(protocol.calibration)
+def _threshold(protocol: Protocol, score: Score) -> Any:
+    """One for all lengths, an even share, or the calibration that was used."""
+    if protocol.calibration is not None:
+        return dataclasses.asdict(protocol.calibration)
+    given = protocol.metrics.threshold
+    return default_threshold(score) if given is None else given
 
 
 def write_files(
@@ -241,7 +242,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--length-edges", type=study_options.counts, default=EDGES, help=edges)
     policy = "from scores to the order of pages (default: budget); top: by the best entry"
     add("--policy", choices=get_args(PagePolicy), default="budget", help=policy)
-    threshold = "default: as calibrated in the file, for the policy budget, else 0.5"
+    threshold = "default: the file's, for the policy budget; else 0.5, or an even share of shares"
     add("--threshold", type=study_options.inner, help=threshold)
     add("--seed", type=study_options.natural, default=0, help="of the random arm (0)")
     pictures = "draw pareto.png and calibration.png (default)"

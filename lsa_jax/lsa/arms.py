@@ -53,7 +53,8 @@ def scores(
     if lsa.arm == "lsa":
         assert indexer is not None
         at, backend = state.lengths - 1, model.compute.kernel_backend
-        return indexer.ensemble(indexer.recent(state.hidden, at, keys, backend=backend))
+        entries = state.lengths // plan.cfg.csa_ratio
+        return indexer.ensemble(indexer.recent(state.hidden, at, keys, entries, backend=backend))
     if lsa.arm == "recency":
         newest = jnp.arange(pages, dtype=jnp.float32)
         return jnp.broadcast_to(newest, (state.lengths.shape[0], pages))

@@ -17,8 +17,15 @@ projections are float32 too. `bfloat16`: before and after RoPE. `fp8`: e4m3 with
 head, which the head's weight absorbs."""
 
 Ensemble = Literal["max", "mean", "learned"]
-"""How target layers are combined. `max` and `mean` of their probabilities; `learned`: the sigmoid
-of a convex combination of their logits, whose weights are the softmax of a leaf."""
+"""How target layers are combined. `max` and `mean` of their probabilities or shares; `learned`: the
+sigmoid of a convex combination of their logits, or that combination of their shares; the weights
+are the softmax of a leaf."""
+
+Score = Literal["sigmoid", "softmax"]
+"""What an entry's logits say of it. `sigmoid` (released): the probability that it will be read, by
+the highest logit of the tokens asked. `softmax`: its share of the attention to come, the mean of
+these tokens' softmax over the entries that exist. Lightning indexers say logarithms of attention up
+to a constant that is each token's own, so only a softmax compares what several tokens say."""
 
 ENSEMBLE_LEAF = "ensemble.weight"
 
@@ -31,9 +38,9 @@ class IndexerConfig:
     """Shape and arithmetic of a memory indexer (LSA spec 2.1). Sizes are in elements.
 
     `target_layers` are CSA ordinals, ascending. Head dim, RoPE and YaRN are those of the backbone's
-    index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`). An entry's
-    logit is the highest of the last `lookback` tokens' (released: 1, the last token's): a question
-    says what it needs before its last token is read.
+    index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`). Entries are
+    scored by what the last `lookback` tokens ask for (released: 1, the last token alone), for a
+    question says what it needs before its last token is read, and as `score` says.
     """
 
     target_layers: tuple[int, ...]
@@ -48,6 +55,7 @@ class IndexerConfig:
     ensemble: Ensemble = "max"
     query_mode: QueryMode = "float32"
     lookback: int = 1
+    score: Score = "sigmoid"
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "lookback"):
@@ -62,7 +70,8 @@ class IndexerConfig:
         if self.rope_head_dim % 2 or self.rope_head_dim > self.head_dim:
             wanted = f"even and <= head_dim={self.head_dim}"
             raise refusal("indexer.rope_head_dim", self.rope_head_dim, wanted)
-        for name, known in (("ensemble", Ensemble), ("query_mode", QueryMode)):
+        choices = (("ensemble", Ensemble), ("query_mode", QueryMode), ("score", Score))
+        for name, known in choices:
             if getattr(self, name) not in get_args(known):
                 wanted = f"one of {', '.join(get_args(known))}"
                 raise refusal(f"indexer.{name}", getattr(self, name), wanted)
@@ -148,10 +157,10 @@ def to_json(cfg: IndexerConfig) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> IndexerConfig:
-    """The configuration that `to_json` wrote, perhaps before there was a lookback; raises
-    ConfigError."""
+    """The configuration that `to_json` wrote, perhaps before there were lookbacks and scores.
+    Raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(IndexerConfig)]
-    if raw.keys() | {"lookback"} != set(fields):
+    if raw.keys() | {"lookback", "score"} != set(fields):
         raise refusal("indexer", sorted(raw), f"a table of {', '.join(fields)}")
     layers = raw["target_layers"]
     if not isinstance(layers, list):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from lsa_jax import quant
 from lsa_jax.cache import codec
@@ -187,14 +187,19 @@ class MemoryIndexer(nnx.Module):
         hidden: Float[Array, "L B W D"],
         positions: Int[Array, " B"],
         keys: Sequence[codec.Planes],
+        entries: Int[Array, " B"],
         *,
         backend: str | None = None,
     ) -> Float[Array, "L B N"]:
-        """Logits from the last W tokens, of which `positions` are the last one's: the highest of
-        those that there are."""
-        if hidden.shape[2] == 1:
-            return self(hidden[:, :, 0], positions, keys, backend=backend)
+        """What the last W tokens say together, of those that there are; `positions` are the last
+        one's, `entries` of the N keys exist.
+
+        Their highest logit, or, with the score "softmax", the logarithm of the mean of their shares
+        (-inf where no entry exists).
+        """
         width = hidden.shape[2]
+        if width == 1 and self.cfg.score == "sigmoid":
+            return self(hidden[:, :, 0], positions, keys, backend=backend)
         at = positions[:, None] - jnp.arange(width)[::-1]
         backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
         logits = []
@@ -203,15 +208,34 @@ class MemoryIndexer(nnx.Module):
             q, w = (y.reshape(*at.shape, *y.shape[1:]) for y in (q, w))
             values, scale = planes.keys(keys[i])
             scores = index_score.index_score(q, w, values, scale, backend=backend)
-            logits.append(jnp.max(jnp.where(at[..., None] >= 0, scores, -jnp.inf), axis=1))
+            if self.cfg.score == "softmax":
+                logits.append(log_shares(scores, at >= 0, entries))
+            else:
+                logits.append(jnp.max(jnp.where(at[..., None] >= 0, scores, -jnp.inf), axis=1))
         return jnp.stack(logits)
 
     def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
-        """Probability of each entry: max or mean of the layers' sigmoids, or, learned, the sigmoid
-        of sum_l softmax(weight)[l] * logits[l]."""
+        """Score of each entry, from what `recent` says: max or mean of the layers' probabilities,
+        or, learned, the sigmoid of sum_l softmax(weight)[l] * logits[l]. So are shares joined."""
+        shares = self.cfg.score == "softmax"
         if self.ensemble_weight is not None:
-            share = jax.nn.softmax(self.ensemble_weight[...].astype(jnp.float32))
-            return jax.nn.sigmoid(jnp.sum(share[:, None, None] * logits, axis=0))
-        probability = jax.nn.sigmoid(logits)
+            weight = jax.nn.softmax(self.ensemble_weight[...].astype(jnp.float32))[:, None, None]
+            if shares:
+                return jnp.sum(weight * jnp.exp(logits), axis=0)
+            return jax.nn.sigmoid(jnp.sum(weight * logits, axis=0))
+        score = jnp.exp(logits) if shares else jax.nn.sigmoid(logits)
         reduce = jnp.max if self.cfg.ensemble == "max" else jnp.mean
-        return reduce(probability, axis=0)
+        return reduce(score, axis=0)
+
+
+def log_shares(
+    logits: Float[Array, "B W N"], counts: Bool[Array, "B W"], entries: Int[Array, " B"]
+) -> Float[Array, "B N"]:
+    """Logarithm of the mean over the tokens that count of their softmax over a row's entries; -inf
+    where no entry exists. A NaN makes all of its row NaN."""
+    exists = (jnp.arange(logits.shape[2]) < entries[:, None])[:, None]
+    logits = jnp.where(exists, logits, -jnp.inf)
+    total = jax.nn.logsumexp(logits, axis=2, keepdims=True)
+    share = jnp.where(exists & counts[..., None], logits - total, -jnp.inf)
+    tokens = jnp.sum(counts, axis=1, keepdims=True).astype(jnp.float32)
+    return jax.nn.logsumexp(share, axis=1) - jnp.log(tokens)

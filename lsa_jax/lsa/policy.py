@@ -4,9 +4,11 @@ import dataclasses
 from typing import Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
+from lsa_jax.lsa.indexer_config import Score
 
 Policy = Literal["budget", "published", "threshold", "top"]
 MAX_THRESHOLD = 1 - 2**-24  # the largest float32 below 1: scores are compared in float32
+EVEN_ODDS = 0.5  # the threshold of probabilities where none is given
 MAX_COUNT = 2**31 - 1  # entries and pages are counted in int32
 
 
@@ -16,9 +18,14 @@ def check_threshold(field: str, value: object) -> None:
         raise refusal(field, value, "in (0, 1)")
 
 
+def default_threshold(score: Score) -> float | str:
+    """The threshold where none is given, for reports."""
+    return EVEN_ODDS if score == "sigmoid" else "even share"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Settings of `resident_set.select`; static under jit. Scores are ensemble sigmoids.
+    """Settings of `resident_set.select`; static under jit. Scores are those of an ensemble.
 
     `policy`:
       - "budget" (ours): pages with an entry to keep, most worth first, up to the allowed pages.
@@ -29,14 +36,15 @@ class PolicyConfig:
         the threshold, the newest and the first pages forced, the page in formation counted too.
       - "top": the highest pages whatever the threshold says; for arms that must fill a budget.
 
-    An entry is kept when its score is strictly above `threshold`, when it is among the last
+    An entry is kept when its score is strictly above `threshold` (None: 0.5 of probabilities, as
+    published, an even share of shares), when it is among the last
     `recency` entries or the first `sink` ones. `cap` (0: none) bounds the kept entries of a row:
     recent and first ones stay, then the highest scores. `sticky` keeps what was resident before.
     `recall_pages` bounds the pages of each row; None leaves that to the budget.
     """
 
     policy: Policy = "budget"
-    threshold: float = 0.5
+    threshold: float | None = None
     recency: int = 2048
     sink: int = 0
     cap: int = 0
@@ -46,7 +54,8 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             raise refusal("policy", self.policy, f"one of {get_args(Policy)}")
-        check_threshold("threshold", self.threshold)
+        if self.threshold is not None:
+            check_threshold("threshold", self.threshold)
         for name in ("recency", "sink", "cap"):
             if not 0 <= number(name, getattr(self, name), int) <= MAX_COUNT:
                 raise refusal(name, getattr(self, name), "an int in [0, 2^31)")

@@ -157,6 +157,8 @@ class Programs:
         if self.calibration is not None:
             entries = state.lengths // self.plan.cfg.csa_ratio
             threshold = resident_set.row_thresholds(self.calibration, entries)
+        elif indexer is not None and indexer.cfg.score == "softmax" and policy.threshold is None:
+            threshold = resident_set.even_shares(state.lengths // self.plan.cfg.csa_ratio)
         native = None
         if at.extra is not None:
             native = missed.native_share(self.plan, model, state)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax.lsa.budget import Calibration
-from lsa_jax.lsa.policy import PolicyConfig
+from lsa_jax.lsa.policy import EVEN_ODDS, PolicyConfig
 
 
 class Selection(NamedTuple):
@@ -56,6 +56,11 @@ def row_thresholds(calibration: Calibration, entries: Int[Array, " B"]) -> Float
     edges = jnp.asarray(calibration.edges, jnp.int32)
     bucket = jnp.searchsorted(edges, entries, side="right")
     return jnp.asarray(calibration.thresholds, jnp.float32)[bucket]
+
+
+def even_shares(entries: Int[Array, " B"]) -> Float[Array, " B"]:
+    """What each of a row's entries would get if all got the same: the threshold of shares."""
+    return 1 / jnp.maximum(entries, 2).astype(jnp.float32)
 
 
 def forced_pages(
@@ -160,13 +165,14 @@ def select(
     whatever they hold. `pages_complete` of its pages can be resident. `allowed` bounds the pages
     of all rows together (a scalar) or of each row ([B]); it is never exceeded, and reached where as
     many complete pages are wanted. `previous` is the last set, used by `sticky` only. `threshold`
-    replaces `cfg.threshold` row by row, as calibrated.
+    replaces `cfg.threshold` row by row, as calibrated or as shares want it.
 
     With the policy "published", a row's quota counts pages in formation as the published rule does
     and `pages` says where they are; the caller drops these, which no `allowed` counts.
     """
     if threshold is None:
-        threshold = jnp.full(entries.shape, cfg.threshold, jnp.float32)
+        given = EVEN_ODDS if cfg.threshold is None else cfg.threshold
+        threshold = jnp.full(entries.shape, given, jnp.float32)
     exists = jnp.arange(scores.shape[1]) < jnp.where(live, entries, 0)[:, None]
     nan = exists & jnp.isnan(scores)
     scores = jnp.where(exists & ~nan, scores.astype(jnp.float32), -jnp.inf)

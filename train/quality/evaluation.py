@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lsa_jax.config_checks import refusal
-from lsa_jax.lsa.indexer_config import IndexerConfig
+from lsa_jax.lsa.indexer_config import IndexerConfig, Score
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.data.labels import Document, window_mass
 from train.quality.metrics import MetricsConfig, Tally, add_tallies, named_scores, token_tally
@@ -26,7 +26,8 @@ _BLOCK = 64  # decisions whose logits are on the host at once
 
 
 class Decision(NamedTuple):
-    """A token, the entries that exist at it, and the target layers' logits [L, entries]."""
+    """A token, the entries that exist at it, and the target layers' logits [L, entries], or, of an
+    indexer with the score "softmax", logarithms of shares, of all tokens that it asks."""
 
     token: int
     entries: int
@@ -104,20 +105,34 @@ def check_trace(cfg: IndexerConfig, trace: Trace) -> None:
 def decisions(
     indexer: MemoryIndexer, trace: Trace, recording: Recording, tokens: np.ndarray
 ) -> Iterator[Decision]:
-    """Logits at some tokens of a trace, in their order."""
+    """Decisions at some tokens of a trace, in their order. An indexer that looks back asks the
+    tokens before them too, as far as they were recorded."""
     check_trace(indexer.cfg, trace)
     scorer = Scorer(indexer.cfg)
     layers = [trace.info.target_layers.index(o) for o in indexer.cfg.target_layers]
     keys = trace.keys()
     keys = Keys(keys.values[:, layers], None if keys.scale is None else keys.scale[:, layers])
     counts = recording.document.entries_at(tokens)
+    back = indexer.cfg.lookback
     for start in range(0, len(tokens), _BLOCK):
         part = slice(start, start + _BLOCK)
-        hidden = trace.read("hidden", tokens[part])[:, layers]
-        at, most = recording.positions[tokens[part]], int(counts[part].max())
-        logits = scorer.logits(indexer, hidden, at, keys, most)
-        for token, count, row in zip(tokens[part], counts[part], logits, strict=True):
-            yield Decision(int(token), int(count), row[:, :count])
+        spans = [np.arange(max(0, token - back + 1), token + 1) for token in tokens[part]]
+        asked = np.unique(np.concatenate(spans))
+        hidden, most = trace.read("hidden", asked)[:, layers], int(counts[part].max())
+        logits = scorer.logits(indexer, hidden, recording.positions[asked], keys, most)
+        for span, count in zip(spans, counts[part], strict=True):
+            found = logits[np.searchsorted(asked, span), :, :count]
+            yield Decision(int(span[-1]), int(count), together(found, indexer.cfg.score))
+
+
+def together(logits: np.ndarray, score: Score) -> np.ndarray:
+    """What several tokens' logits [T, L, N] say: `MemoryIndexer.recent`, in NumPy; [L, N]."""
+    if score == "sigmoid":
+        return logits.max(axis=0)
+    top = logits.max(axis=2, keepdims=True)
+    weight = np.exp((logits - top).astype(np.float64))
+    share = np.mean(weight / weight.sum(axis=2, keepdims=True), axis=0)
+    return np.log(np.maximum(share, np.finfo(np.float64).tiny))
 
 
 def ensemble_weight(indexer: MemoryIndexer) -> np.ndarray | None:
@@ -129,7 +144,7 @@ def ensemble_weight(indexer: MemoryIndexer) -> np.ndarray | None:
 def scores_at(indexer: MemoryIndexer, decision: Decision) -> Mapping[str, np.ndarray]:
     """Probabilities of the entries by name: "layer.<ordinal>", "ensemble.<kind>"."""
     weight = ensemble_weight(indexer)
-    return named_scores(decision.logits, indexer.cfg.target_layers, weight)
+    return named_scores(decision.logits, indexer.cfg.target_layers, weight, indexer.cfg.score)
 
 
 def evaluate_traces(
@@ -156,8 +171,8 @@ def evaluate_traces(
             named = scores_at(indexer, at)
             if scores is not None:
                 named = {name: named[name] for name in scores}
-            mass = recording.mass(*bounds)
-            parts.append(token_tally(named, recording.golden(*bounds), metrics, mass=mass))
+            mass, sized = recording.mass(*bounds), metrics.at(at.entries, indexer.cfg.score)
+            parts.append(token_tally(named, recording.golden(*bounds), sized, mass=mass))
         found.append(add_tallies(parts))
         progress(len(parts))
     return found

@@ -17,7 +17,8 @@ from typing import Literal
 import numpy as np
 
 from lsa_jax.config_checks import number, refusal
-from lsa_jax.lsa.policy import check_threshold
+from lsa_jax.lsa.indexer_config import Score
+from lsa_jax.lsa.policy import EVEN_ODDS, check_threshold
 from train.data.labels import ResidentRule
 from train.quality import intervals
 from train.quality.intervals import Interval
@@ -29,19 +30,21 @@ Tally = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
-    """What is measured. `threshold` is compared strictly, as deployed; `ks` and `pages` ascend.
+    """What is measured. `threshold` is compared strictly, as deployed (None: what `at` says); `ks`
+    and `pages` ascend.
 
     `ks` are sizes of candidate sets for recall@K, `pages` numbers of pages on the device (see
     `pages_at`), for captured mass and recall; `resident` says what of it cannot be chosen.
     """
 
-    threshold: float = 0.5
+    threshold: float | None = None
     ks: tuple[int, ...] = (128, 256, 512, 1024)
     pages: tuple[int, ...] = ()
     resident: ResidentRule = dataclasses.field(default_factory=ResidentRule)
 
     def __post_init__(self) -> None:
-        check_threshold("metrics.threshold", self.threshold)
+        if self.threshold is not None:
+            check_threshold("metrics.threshold", self.threshold)
         for name, least in (("ks", 1), ("pages", 0)):
             sizes = getattr(self, name)
             for i, size in enumerate(sizes):
@@ -50,6 +53,14 @@ class MetricsConfig:
             if list(sizes) != sorted(set(sizes)):
                 raise refusal(f"metrics.{name}", sizes, "strictly ascending")
 
+    def at(self, entries: int, score: Score) -> "MetricsConfig":
+        """With a threshold for scores of a history of so many entries: as deployed where none is
+        given, 0.5 of probabilities and an even share of shares."""
+        if self.threshold is not None:
+            return self
+        even = EVEN_ODDS if score == "sigmoid" else 1 / max(entries, 2)
+        return dataclasses.replace(self, threshold=even)
+
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) in float64, without overflow."""
@@ -57,10 +68,18 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.where(logits >= 0, 1, small) / (1 + small)
 
 
+def probabilities(logits: np.ndarray, score: Score) -> np.ndarray:
+    """What logits, or logarithms of shares, say of entries; float64."""
+    return sigmoid(logits) if score == "sigmoid" else np.exp(logits.astype(np.float64))
+
+
 def ensemble(
-    logits: np.ndarray, kind: EnsembleMetric, weight: np.ndarray | None = None
+    logits: np.ndarray,
+    kind: EnsembleMetric,
+    weight: np.ndarray | None = None,
+    score: Score = "sigmoid",
 ) -> np.ndarray:
-    """Probabilities [N] of the layers' logits [L, N]; `weight` [L] is a learned ensemble's leaf.
+    """Scores [N] of the layers' logits [L, N]; `weight` [L] is a learned ensemble's leaf.
 
     "min" is not deployed: it asks what all layers agree on.
     """
@@ -68,20 +87,26 @@ def ensemble(
         raise refusal("weight", weight, "given for a learned ensemble only")
     if weight is not None:
         share = np.exp(weight.astype(np.float64) - weight.max())
-        return sigmoid(share / share.sum() @ logits.astype(np.float64))
+        share /= share.sum()
+        if score == "softmax":
+            return share @ probabilities(logits, score)
+        return sigmoid(share @ logits.astype(np.float64))
     reduce = {"max": np.max, "mean": np.mean, "min": np.min}[kind]
-    return reduce(sigmoid(logits), axis=0)
+    return reduce(probabilities(logits, score), axis=0)
 
 
 def named_scores(
-    logits: np.ndarray, layers: Sequence[int], weight: np.ndarray | None = None
+    logits: np.ndarray,
+    layers: Sequence[int],
+    weight: np.ndarray | None = None,
+    score: Score = "sigmoid",
 ) -> dict[str, np.ndarray]:
     """Scores by name: "layer.<ordinal>" of each layer and "ensemble.<kind>" of each ensemble."""
-    named = {f"layer.{o}": sigmoid(x) for o, x in zip(layers, logits, strict=True)}
+    named = {f"layer.{o}": probabilities(x, score) for o, x in zip(layers, logits, strict=True)}
     kinds: tuple[EnsembleMetric, ...] = ("max", "mean", "min")
-    named |= {f"ensemble.{kind}": ensemble(logits, kind) for kind in kinds}
+    named |= {f"ensemble.{kind}": ensemble(logits, kind, score=score) for kind in kinds}
     if weight is not None:
-        named["ensemble.learned"] = ensemble(logits, "learned", weight)
+        named["ensemble.learned"] = ensemble(logits, "learned", weight, score)
     return named
 
 
@@ -179,13 +204,14 @@ def token_tally(
     n, size = len(labels), cfg.resident.page_entries
     first, last = cfg.resident.evictable_range(n)
     chosen = labels.astype(bool)
+    threshold = EVEN_ODDS if cfg.threshold is None else cfg.threshold
     tally: Tally = {}
     for name, score in scores.items():
         if score.shape != (n,) or np.isnan(score).any():
             raise refusal(f"scores of {name}", score.shape, f"[{n}] without NaN")
         variants = {"all": slice(0, n), "evictable": slice(first, min(last, n))}
         sums = {
-            variant: threshold_sums(score[part], chosen[part], cfg.threshold)
+            variant: threshold_sums(score[part], chosen[part], threshold)
             | topk_sums(score[part], chosen[part], cfg.ks)
             for variant, part in variants.items()
         }

@@ -13,6 +13,7 @@ import numpy as np
 
 from lsa_jax.config_checks import number, refusal
 from lsa_jax.lsa.budget import Budget, Calibration
+from lsa_jax.lsa.indexer_config import Score
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.quality.baselines import Baseline, PagePolicy, Scores, baseline_scores, of_probabilities
 from train.quality.evaluation import Decision, Recording, decisions, scores_at
@@ -58,10 +59,10 @@ class Protocol:
         if list(self.taus) != sorted(set(self.taus)) or (self.taus and self.taus[0] < 1):
             raise refusal("taus", self.taus, "strictly ascending from 1")
 
-    def metrics_at(self, entries: int) -> MetricsConfig:
-        """With the threshold for a history of so many entries."""
+    def metrics_at(self, entries: int, score: Score = "sigmoid") -> MetricsConfig:
+        """With the threshold for scores of a history of so many entries."""
         if self.calibration is None:
-            return self.metrics
+            return self.metrics.at(entries, score)
         return dataclasses.replace(self.metrics, threshold=self.calibration.threshold(entries))
 
     def horizons(self, token: int, tokens: int) -> dict[str, tuple[int, int]]:
@@ -130,10 +131,11 @@ def _judged(
     pages: Mapping[str, int],
     protocol: Protocol,
     aged: set[str],
+    score: Score,
 ) -> tuple[dict[str, Tally], dict[str, np.ndarray]]:
     """Sums and calibration of every arm at one decision; `aged` arms at all horizons."""
     entries = int(recording.document.entries_at(token))
-    cfg = protocol.metrics_at(entries)
+    cfg = protocol.metrics_at(entries, score)
     tallies: dict[str, Tally] = {name: {} for name in arms}
     calibration = {}
     for horizon, span in protocol.horizons(token, len(recording.positions)).items():
@@ -177,7 +179,8 @@ def _arms(
 ) -> dict[str, Scores]:
     """The scores of all arms at a decision."""
     size = protocol.metrics.resident.page_entries
-    threshold = protocol.metrics_at(at.entries).threshold
+    threshold = protocol.metrics_at(at.entries, indexer.cfg.score).threshold
+    assert threshold is not None
     arms = {
         name: of_probabilities(p, protocol.policy, threshold=threshold, page_entries=size)
         for name, p in scores_at(indexer, at).items()
@@ -225,7 +228,8 @@ def study(
             arms = _arms(indexer, recording, at, protocol)
             aged = {name for name, scores in arms.items() if not scores.probability}
             aged.add(found.deployed)
-            tallies, binned = _judged(arms, recording, at.token, pages, protocol, aged)
+            kind = indexer.cfg.score
+            tallies, binned = _judged(arms, recording, at.token, pages, protocol, aged, kind)
             for name, part in tallies.items():
                 sums.setdefault(name, []).append(part)
             for name, part in binned.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
-from lsa_jax.lsa.indexer_config import Ensemble, QueryMode
+from lsa_jax.lsa.indexer_config import Ensemble, QueryMode, Score
 from train import tables
 from train.data.dataset import DataConfig
 from train.data.labels import SamplingConfig
@@ -37,9 +37,10 @@ def _check_word(field: str, value: object, known: Any) -> None:
 class IndexerOptions:
     """What the traces do not decide of the indexer (`lsa_jax.lsa.indexer_config`).
 
-    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. So is
-    `lookback`: every token is trained to say what the tokens after it need, and a fire asks the
-    last `lookback` of them.
+    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. So are
+    `lookback`, for every token is trained to say what the tokens after it need and a fire asks the
+    last `lookback` of them, and `score`, which should be what the objective teaches: shares of
+    attention by `objective.share`, probabilities by all others.
     """
 
     n_heads: int = 128
@@ -47,6 +48,7 @@ class IndexerOptions:
     ensemble: Ensemble = "max"
     query_mode: QueryMode = "float32"
     lookback: int = 1
+    score: Score = "sigmoid"
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "q_lora_rank", "lookback"):
@@ -54,6 +56,7 @@ class IndexerOptions:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         _check_word("indexer.ensemble", self.ensemble, Ensemble)
         _check_word("indexer.query_mode", self.query_mode, QueryMode)
+        _check_word("indexer.score", self.score, Score)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

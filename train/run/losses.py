@@ -3,8 +3,8 @@
 Shapes: logits [L, B, C] for L target layers and B samples of C candidates each; all else [B, C].
 Every loss is one figure per layer, [L]. Candidates that are not `valid` have no influence, whatever
 they hold, and a batch without a valid candidate has loss 0 and gradient 0. The published losses
-are `bce`, `focal` and `pairwise`; ours are `mass_distillation` and `missed_mass`, on candidates
-that `train.data.labels` restricts to evictable ones where asked to.
+are `bce`, `focal` and `pairwise`; ours are `mass_distillation`, `attention_share` and
+`missed_mass`, on candidates that `train.data.labels` restricts to evictable ones where asked to.
 """
 
 import dataclasses
@@ -21,7 +21,8 @@ from lsa_jax.lsa.indexer_config import Ensemble
 from train.data.batch import Targets
 
 PAIR_TILE = 1 << 24  # pairs held at once by `pairwise`: 64 MiB of float32
-TERMS = ("bce", "focal", "bpr", "margin", "mass", "missed")
+TERMS = ("bce", "focal", "bpr", "margin", "mass", "share", "missed")
+OF_MASS = ("mass", "share", "missed")  # those that want attention mass
 _BISECTIONS = 48  # more than float32 can tell apart in any interval met here
 _SATURATED = 40.0  # sigmoid(40) is 1 in float32
 
@@ -30,8 +31,9 @@ _SATURATED = 40.0  # sigmoid(40) is 1 in float32
 class ObjectiveConfig:
     """Which losses make up the objective, and their settings. Plain Python; static under jit.
 
-    The first six fields weight the losses (0: off): `bce`, `focal`, `bpr` and `margin` as
-    published, `mass` for `mass_distillation`, `missed` for `missed_mass`. Their weighted sum is
+    The first seven fields weight the losses (0: off): `bce`, `focal`, `bpr` and `margin` as
+    published, `mass` for `mass_distillation`, `share` for `attention_share`, `missed` for
+    `missed_mass`. Their weighted sum is
     taken per layer and averaged, with weight `per_layer`, and once more on the ensemble's logits,
     with weight `on_ensemble`: the ensemble is what is deployed, and its layers need not all find
     the same entries.
@@ -47,6 +49,7 @@ class ObjectiveConfig:
     bpr: float = 0.0
     margin: float = 0.0
     mass: float = 0.0
+    share: float = 0.0
     missed: float = 0.0
     smoothing: float = 0.0
     gamma: float = 2.0
@@ -184,6 +187,30 @@ def mass_distillation(
     return _mean(_cross_entropy(z, -jnp.expm1(-rate * mass)), targets.valid)
 
 
+def attention_share(logits: Float[Array, "L B C"], targets: Targets) -> Float[Array, " L"]:
+    """Divergence of softmax(logits) from a sample's attention mass over the window, by mass.
+
+    As lightning indexers are trained, but towards what all CSA layers read in all of the window's
+    tokens: what an indexer with the score "softmax" says. Drawn candidates count as many times as
+    they stand for, in the softmax as in the mass, so both are those of the full pool in
+    expectation; a sample weighs as much as it has mass.
+    """
+    valid = targets.valid
+    count = jnp.where(valid, targets.stands_for.astype(jnp.float32), 0)
+    mass = jnp.where(valid, targets.mass.astype(jnp.float32), 0)
+    total = jnp.sum(count * mass, axis=1)
+    share = mass / jnp.maximum(total, 1e-30)[:, None]
+    some = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1e-30)), -jnp.inf)
+    some = some.at[:, 0].max(
+        jnp.where(total > 0, -jnp.inf, 0)
+    )  # a sum of something, for a gradient
+    z = _scores(logits, valid)
+    log_q = z - jax.nn.logsumexp(z + some, axis=2, keepdims=True)
+    log_p = jnp.log(jnp.maximum(share, 1e-30))
+    divergence = jnp.sum(count * share * (log_p - log_q), axis=2)
+    return jnp.sum(total * divergence, axis=1) / jnp.maximum(jnp.sum(total), 1e-12)
+
+
 def _threshold(
     u: Float[Array, "L B C"], count: Float[Array, "B C"], budget: Float[Array, " B"]
 ) -> Float[Array, "L B 1"]:
@@ -299,6 +326,7 @@ def _terms(cfg: ObjectiveConfig) -> dict[str, Callable[[Array, Targets], Array]]
         "bpr": lambda z, y: pairwise(z, y),
         "margin": lambda z, y: pairwise(z, y, margin=cfg.margin_width),
         "mass": lambda z, y: mass_distillation(z, y, rate=cfg.mass_rate),
+        "share": attention_share,
         "missed": lambda z, y: _missed(z, y, cfg),
     }
 

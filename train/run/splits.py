@@ -10,6 +10,7 @@ from train.data.corpus import Corpus
 from train.data.dataset import Batches, batches
 from train.data.labels import SamplingConfig
 from train.run.config import TrainConfig
+from train.run.losses import OF_MASS
 from train.traces.trace import Trace
 
 
@@ -32,7 +33,7 @@ def open_corpora(cfg: TrainConfig) -> dict[str, Corpus]:
             Corpus([train.traces[0], first], train.target_layers)
     if cfg.sampling.vote_weighting:
         _check_votes(cfg.sampling, train.traces)
-    for name in ("mass", "missed"):
+    for name in OF_MASS:
         for trace in train.traces if getattr(cfg.objective, name) else ():
             if "mass_values" not in trace.columns:
                 wanted = f"0, as {trace.path} has no attention mass"
@@ -67,7 +68,7 @@ def total_steps(cfg: TrainConfig, per_epoch: int) -> tuple[int, int]:
 def open_batches(cfg: TrainConfig, corpus: Corpus) -> tuple[Batches, int]:
     """This process's batches, and the number of steps; with mass only where a loss needs it."""
     process = (jax.process_index(), jax.process_count())
-    needed = bool(cfg.objective.mass or cfg.objective.missed)
+    needed = any(getattr(cfg.objective, name) for name in OF_MASS)
     data = dataclasses.replace(cfg.data, mass=cfg.data.mass and needed)
     first = batches(corpus, data, cfg.sampling, process=process, epochs=1)
     total, epochs = total_steps(cfg, first.steps_per_epoch)

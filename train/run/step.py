@@ -132,6 +132,8 @@ class StepConfig:
         if kind == "learned" and not objective.on_ensemble:
             wanted = "> 0, as indexer.ensemble is learned"
             raise refusal("objective.on_ensemble", objective.on_ensemble, wanted)
+        if objective.on_ensemble and self.indexer.score == "softmax":
+            raise refusal("objective.on_ensemble", objective.on_ensemble, "0 with shares")
         if self.log_n_reference:
             if self.log_n_reference < 2:
                 raise refusal("run.log_n_reference", self.log_n_reference, "0 or >= 2")
@@ -191,6 +193,8 @@ def _count(name: str, targets: Targets, cfg: ObjectiveConfig) -> Float[Array, ""
         pages = losses.pool_pages(flat, targets, cfg.page_entries)[1]
         mass = jnp.where(pages.valid, pages.stands_for * pages.mass, 0)
         return jnp.sum(mass)
+    if name == "share":
+        return jnp.sum(jnp.where(valid, targets.stands_for * targets.mass, 0))
     return jnp.sum(valid, dtype=jnp.float32)
 
 
