@@ -24,6 +24,7 @@ from lsa_jax.lsa.rows import Event
 IDS = " ".join(str(i) for i in np.random.default_rng(5).integers(2, 320, 37))
 # Pages of two entries, 8 tokens: there are several after a few chunks of 16 tokens.
 COMMON = ("--page-entries", "2", "--prompt-ids", IDS, "--max-new-tokens", "20")
+RELEASED = {"ensemble": "max", "score": "sigmoid", "lookback": 1}
 ROOM = 256  # tokens: the least that a conversation gets, so that runs of this size share programs
 SAMPLED = ("--temperature", 1, "--seed", 4)
 EVERYTHING = ("--kv-budget", "1.0", "--lookahead", 8)
@@ -107,8 +108,7 @@ def test_everything_resident_draws_what_full_attention_draws(run_json, root, tmp
     assert found["tokens"] == [ROOM - 1] and not found["simulated_bytes"]
     assert found["components"] == found["calculated"]["components"]
     assert found["settings"]["kv_budget"]["share"] == 1 and found["threshold"] == 1e-6
-    as_stored = {"dtype": "float32", "query_mode": "float32", "ensemble": "max"}
-    assert found["indexer"] == as_stored
+    assert found["indexer"] == {"dtype": "float32", "query_mode": "float32", **RELEASED}
     assert [cycle["tokens"] for cycle in found["cycles"]] == list(range(37, ROOM, 8))
     last = found["cycles"][-1]
     assert last["pages"] == list(range(31)) and last["complete"] == last["wanted"] == 31
@@ -196,7 +196,7 @@ def test_the_indexer_computes_as_it_was_told_to(run_json, root, dtype, mode) -> 
     told = ["--indexer-dtype", dtype, "--query-mode", mode, "--max-new-tokens", ROOM - 37]
     arguments = [*COMMON, *told, *EVERYTHING, "--indexer", root / "indexer"]
     _, found = run_json(*arguments, "--attention", "lsa")
-    assert found["indexer"] == {"dtype": dtype, "query_mode": mode, "ensemble": "max"}
+    assert found["indexer"] == {"dtype": dtype, "query_mode": mode, **RELEASED}
     assert found["cycles"][-1]["pages"]
 
 

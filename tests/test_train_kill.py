@@ -18,7 +18,7 @@ from train.run import checkpoints
 
 ROOT = Path(__file__).parents[1]
 MOMENTS, STEPS_APART = 20, 3
-STEPS = MOMENTS * STEPS_APART + 6
+STEPS = MOMENTS * STEPS_APART + 60  # a busy machine kills late
 
 
 def child(file: Path, run: Path, audit: Path) -> subprocess.Popen:
