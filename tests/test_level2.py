@@ -39,9 +39,12 @@ def everything(kv) -> tuple[np.ndarray, np.ndarray]:
         ("float32", "paged"),
         pytest.param("float32", "mask", marks=SLOW),
         pytest.param("float32", "gathered", marks=SLOW),
+        pytest.param("fp8", "mask", marks=SLOW),
         pytest.param("fp8", "paged", marks=SLOW),
+        pytest.param("fp8", "gathered", marks=SLOW),
+        pytest.param("bfloat16", "paged", marks=SLOW),
         pytest.param("bfloat16", "gathered", marks=SLOW),
-    ],  # the paths against each other in other formats: the test below
+    ],
 )
 def test_everything_resident_is_full_attention_to_the_bit(kv, path):
     tokens, logits = everything(kv)
@@ -140,7 +143,7 @@ def test_no_lookahead_from_1_to_256_opens_a_gap(paged, long_full):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lookahead", [1, 65])  # the sizes of all: `test_fresh_pages_hold_...`
+@pytest.mark.parametrize("lookahead", [1, 5, 65])
 def test_a_fresh_buffer_of_its_own_size_suffices_a_lookahead(lookahead, long_full):
     _compare_lookahead(session(lookahead=lookahead, own_buffer=True, **EVERYTHING), long_full)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ AROUND = sorted({at + d for at in (4, 8, 16, 32, 64, 96, 128) for d in (-1, 0, 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [16, 64])
+@pytest.mark.parametrize("chunk", [16, 32, 64])
 def test_layerwise_prefill_of_any_length_and_chunk(chunk):
     worst = {length: prefill_difference(length, chunk) for length in AROUND}
     assert max(worst.values()) <= FUSION, worst
@@ -168,7 +169,11 @@ def test_turns_are_one_long_prompt(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path, budget", [("paged", "1.0"), ("mask", "0.5"), ("paged", "35kB"), ("gathered", "35kB")]
+    "path, budget",
+    [
+        *(("paged", "1.0"), ("mask", "1.0"), ("paged", "0.5"), ("mask", "0.5")),
+        *(("paged", "35kB"), ("gathered", "35kB")),
+    ],
 )
 def test_growing_keeps_contents_and_answers(path, budget):
     """Also where a budget in bytes leaves fewer slots at the larger capacity than are taken."""
@@ -251,7 +256,16 @@ def _long(path: str, steps: int) -> tuple[LsaSession, np.ndarray]:
     return of, np.array(drawn)
 
 
+@pytest.fixture
+def compiled_in_full() -> Iterator[None]:
+    """For what holds to the bit only as users compile it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_in_full")
 def test_five_thousand_decoded_tokens_keep_every_entry_reachable():
     steps = 5000
     dense, want = _long("mask", steps)
@@ -259,7 +273,7 @@ def test_five_thousand_decoded_tokens_keep_every_entry_reachable():
     np.testing.assert_array_equal(drawn, want)
     assert len(set(drawn.tolist())) > 50
     assert [e.pages for e in of.batch.events] == [e.pages for e in dense.batch.events]
-    # Every complete page is in the store once, with what the dense copy has.
+    # Every complete page is in the store once, with the bytes of the dense copy.
     store, layout = of.batch.tiers.store, of.batch.plan.layout
     complete = (20 + steps) // PAGE_TOKENS
     of.batch.flush(np.array([True]))
@@ -267,9 +281,7 @@ def test_five_thousand_decoded_tokens_keep_every_entry_reachable():
     assert len(rows) == len(set(rows.tolist())) == complete
     layers = [dense.batch.state.layers[i] for i in of.batch.plan.csa]
     planes = jax.tree.map(lambda x: x[0, :complete], [(y.entries, y.index_keys) for y in layers])
-    there, dense_copy = store.memory.read(rows), np.asarray(layout.pack_pages(planes))
-    there, dense_copy = (x.reshape(complete, -1).view(np.float32) for x in (there, dense_copy))
-    np.testing.assert_allclose(there, dense_copy, atol=FUSION)
+    np.testing.assert_array_equal(store.memory.read(rows), np.asarray(layout.pack_pages(planes)))
     # Whatever pages are wanted, they come: two dozen at a time, from the first to the last.
     seen, batch = set(), of.batch
     for first in range(0, complete, 24):

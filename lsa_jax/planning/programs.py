@@ -2,8 +2,9 @@
 
 These are the running system's own programs. `Depth` says how much of the model is in a program that
 has all layers: "all" of it, or "kinds", where the first layer of each kind stands for the others
-and these pass their input on. Weights and state are whole in both, so that memory is: layers take
-turns with their temporaries. What layers add up (collectives) is scaled by how many there are.
+and these pass their input on. Weights and state are whole in both; temporaries are a lower bound in
+the second, for some of each layer's live as long as the program. What layers add up (collectives)
+is scaled by how many there are.
 """
 
 import dataclasses

@@ -134,16 +134,19 @@ class Recorder:
             before = tokens
 
         logits, state = self.engine.prefill(state, [document.prompt], progress=prefilled)
-        answer = document.answer
-        token = int(jnp.argmax(jnp.asarray(logits)[0])) if answer is None else answer[0]
-        if answer is None and token in self.stop:
-            raise Nothing("the answer is empty")
+        if document.answer is None:
+            token = int(jnp.argmax(jnp.asarray(logits)[0]))
+            if token in self.stop:
+                raise Nothing("the answer is empty")
+            parts = self._drawn(document, state, token)
+        else:
+            parts = self._replayed(document, state, document.answer)
         info, model = self._info(document), self.engine.model
         writer = TraceWriter(
             root, info, hidden_size=model.cfg.hidden_size, hidden_dtype=model.dtype, mass=True
         )
         with writer:
-            return self._decode(document, writer, state, token, progress, note)
+            return self._write(document, writer, parts, progress, note)
 
     def _room(self, document: Document) -> int:
         """Capacity for prompt and answer; Nothing where there is none or no use."""
@@ -176,34 +179,32 @@ class Recorder:
             weights=self.weights,
         )
 
-    def _decode(
+    def _write(
         self,
         document: Document,
         writer: TraceWriter,
-        state: DecodeState,
-        token: int,
+        parts: Iterator["_Fed"],
         progress: Callable[[int], None],
         note: Callable[[Sequence[int], bool], None],
     ) -> Recorded:
-        """Decodes and appends burst by burst; finishes the trace."""
+        """Appends part by part, as they are fed; finishes the trace."""
         fed: list[int] = []
-        labels, mass, kept_mass, golden, after, stopped = 0, 0.0, 0.0, None, state, False
-        bursts = self._drawn if document.answer is None else self._replayed
-        for part in bursts(document, state, token):
+        labels, mass, kept_mass, golden, part = 0, 0.0, 0.0, None, None
+        for part in parts:
             positions = len(document.prompt) + len(fed) + np.arange(len(part.ids))
             seen = self._seen(part.taps, positions)
             writer.append(seen.hidden, positions, seen.votes, seen.mass)
             fed += part.ids
-            after, stopped = part.state, part.ended
             golden = seen.golden if golden is None else golden
             labels += len(seen.votes.indices)
             mass, kept_mass = mass + seen.total_mass, kept_mass + float(seen.mass.values.sum())
             progress(len(part.ids))
-        keys = target_keys(self.engine.cfg, self.config.targets, after)
-        note(fed, stopped)
+        assert part is not None  # an answer has a token
+        keys = target_keys(self.engine.cfg, self.config.targets, part.state)
+        note(fed, part.ended)
         trace = open_trace(writer.finish(keys, golden), verify=False)
         nbytes = sum(math.prod(c.shape) * c.numpy_dtype.itemsize for c in trace.columns.values())
-        return Recorded(trace.path, tuple(fed), stopped, labels, nbytes, mass, kept_mass)
+        return Recorded(trace.path, tuple(fed), part.ended, labels, nbytes, mass, kept_mass)
 
     def _drawn(self, document: Document, state: DecodeState, token: int) -> Iterator["_Fed"]:
         """What the model says from `token` on, until its answer ends."""
@@ -217,10 +218,11 @@ class Recorder:
             yield _Fed([token, *drawn[:-1]], taps, state, ended)
             done, token = done + steps, drawn[-1]
 
-    def _replayed(self, document: Document, state: DecodeState, _: int) -> Iterator["_Fed"]:
+    def _replayed(
+        self, document: Document, state: DecodeState, answer: Sequence[int]
+    ) -> Iterator["_Fed"]:
         """The answer that is given, many tokens at once."""
-        assert document.answer is not None
-        answer, size = document.answer[: self._most(document)], self.engine.replay_tokens
+        answer, size = answer[: self._most(document)], self.engine.replay_tokens
         for at in range(0, len(answer), size):
             ids = list(answer[at : at + size])
             taps, state = self.engine.replay(state, ids)
