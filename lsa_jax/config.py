@@ -182,13 +182,13 @@ class ComputeConfig:
     the default, the best that is known for the device, everywhere. The three `simulate_*` switches
     round tensors as the released model does in production (spec 5.2, 5.4): window and compressed KV
     to fp8, index queries and keys to fp4, and the inputs of quantised matmuls to fp8.
-    `gather` allows a prefill to gather the entries that its queries pick, where that reads less
-    than masking the others; training forbids it, for a gather's gradient is a scatter.
+    `picking` is another backend for choosing entries in prefill (index scores, top-k), which has no
+    gradient: so training, whose `backend` must be "xla", may let kernels do it.
     """
 
     dtype: ComputeDType = "bfloat16"
     backend: Backend = "auto"
-    gather: bool = True
+    picking: Backend | None = None
     simulate_kv: bool = False
     simulate_index: bool = False
     simulate_activations: bool = False
@@ -196,8 +196,16 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         for name, known in (("dtype", _DTYPES), ("backend", _BACKENDS)):
             _require(getattr(self, name) in known, name, getattr(self, name), f"one of {known}")
+        known = (None, *_BACKENDS)
+        _require(self.picking in known, "picking", self.picking, f"one of {known}")
 
     @property
     def kernel_backend(self) -> str | None:
         """The backend argument of `pallas_kernels` operations."""
         return None if self.backend == "auto" else self.backend
+
+    @property
+    def picking_backend(self) -> str | None:
+        """The same for choosing entries in prefill."""
+        name = self.picking or self.backend
+        return None if name == "auto" else name

@@ -177,7 +177,8 @@ def _mesh(text: str) -> MeshShape:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options; exits with 2 where they make no sense."""
     parser = cli.Parser(
         prog="python -m lsa_jax.plan",
         description=__doc__,
@@ -233,7 +234,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    args = _parse(argv)
+    args = parse(argv)
     jax.config.update("jax_platforms", "cpu")  # compilers are wanted here, and no accelerator
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)  # of this process; what the user has set stays

@@ -2,7 +2,6 @@
 gathered entries, in one block or many; blocked index scores; two kinds of top-k; two expert paths.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -68,21 +67,6 @@ def test_prefill_masks_or_gathers_entries_in_blocks_of_any_size(
     want = SMALL.outputs["logits"]
     for got, expected in zip(prefilled_twice(fresh_extend()), want, strict=True):
         close(got, expected, LOGITS_ERROR)
-
-
-def test_a_prefill_that_may_not_gather_masks_instead(monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("gathered")
-
-    monkeypatch.setattr(attend_blocks, "DENSE_LIMIT", 0)
-    monkeypatch.setattr(attend_blocks.indexer, "topk_indices", refuse)
-    lengths = np.full(3, LENGTH, np.int32)
-    masking = model_of("minimal", compute=dataclasses.replace(FLOAT32, gather=False))
-    logits = fresh_extend()(masking, SMALL.ids, empty(masking, 3, LENGTH), lengths)[0]
-    close(logits, SMALL.outputs["logits"], LOGITS_ERROR)
-    free = model_of("minimal")
-    with pytest.raises(AssertionError, match="gathered"):
-        fresh_extend()(free, SMALL.ids, empty(free, 3, LENGTH), lengths)
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_a_topology_that_cannot_hold_the_model_says_what_it_needs_has_and_what_w
     device = DEVICES["v5e"]
     assert f"got {device.memory:,} available" in error
     assert "--topology v5e:4x4" in error
-    args = plan._parse(options)
+    args = plan.parse(options)
     asked = plan.read_case(args)
     needed = memory_of(asked, choose_mesh(asked, 4)).device
     assert f"needs {needed:,} bytes" in error and needed > device.memory
@@ -122,6 +122,13 @@ def test_a_context_over_the_limit_is_refused_with_the_limit(capsys):
     error = capsys.readouterr().err
     assert "max_position_embeddings=1,024" in error and "65,536" in error
     assert error.count("\n") == 1
+
+
+def test_a_budget_under_its_floor_is_refused_as_that(capsys):
+    case = ["--config", "bench", "--topology", "h100:1", "--attention", "lsa"]
+    assert plan.main([*case, "--kv-budget", "0.10", "--layers", "none"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "kv_budget must be at least the floor of" in error
 
 
 def test_hints_are_true(monkeypatch):
@@ -215,5 +222,5 @@ def test_collectives_count_by_the_turns_of_their_loops_and_by_the_layers_they_st
 
 
 def test_lengths_are_read_as_the_footprint_reads_them():
-    args = plan._parse(["--config", "v4_flash", "--topology", "h100:8", "--context", "256K"])
+    args = plan.parse(["--config", "v4_flash", "--topology", "h100:8", "--context", "256K"])
     assert plan.read_case(args).context == footprint.parse_length("256K", 1024)[0] == 1 << 18

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+from lsa_jax.cache.resident import take_entries
 from lsa_jax.config import CacheConfig, ComputeConfig, ConfigError
+from lsa_jax.nn import attend_blocks
 from lsa_jax.nn.transformer import DeepSeekV4
 from lsa_jax.parameters import parameter_table
 from tests import small_model
@@ -152,25 +155,53 @@ def test_training_computes_what_serves_through_top_k_windows_and_mtp():
         assert layer.index is None
 
 
+def loss_of(params: dict[str, jax.Array]) -> jax.Array:
+    args = (CONFIG, COMPUTE, LossConfig(), params, parts()[1], BATCH)
+    return lm_step.loss_and_loads(*args, Lesson(jnp.array([5, 17, 39]), 3))[0]
+
+
+def gradients() -> dict[str, jax.Array]:
+    return jax.jit(lambda params: jax.grad(loss_of)(params))(parts()[0])
+
+
+def close_gradients(got: dict[str, jax.Array], want: dict[str, jax.Array]) -> None:
+    for path, leaf in want.items():
+        size = float(jnp.abs(leaf).max())
+        np.testing.assert_allclose(got[path], leaf, rtol=0, atol=1e-5 * max(size, 1))
+
+
 @pytest.mark.slow
 def test_gradients_through_the_scan_equal_those_without_it(monkeypatch):
-    params, fixed = parts()
-    at = jnp.array([5, 17, 39])
-
-    def gradient() -> dict[str, jax.Array]:
-        def loss(p):
-            args = (CONFIG, COMPUTE, LossConfig(), p, fixed, BATCH, Lesson(at, 3))
-            return lm_step.loss_and_loads(*args)[0]
-
-        return jax.jit(jax.grad(loss))(params)
-
-    scanned = gradient()
+    scanned = gradients()
     whole = sequence.Pattern(0, len(CONFIG.layer_types), 1)
     monkeypatch.setattr(sequence, "repeated_layers", lambda _: whole)
-    for path, want in gradient().items():
-        size = float(jnp.abs(want).max())
-        np.testing.assert_allclose(scanned[path], want, rtol=0, atol=1e-5 * max(size, 1))
+    close_gradients(scanned, gradients())
     assert all(float(jnp.abs(g).max()) > 0 for g in scanned.values())
+
+
+@pytest.mark.slow
+def test_gradients_through_gathered_entries_equal_those_through_masked_ones(monkeypatch):
+    masked = gradients()
+    monkeypatch.setattr(attend_blocks, "DENSE_LIMIT", 0)
+    close_gradients(gradients(), masked)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_backward_pass_reads_the_picks_that_the_forward_pass_made(monkeypatch, kept):
+    monkeypatch.setattr(attend_blocks, "DENSE_LIMIT", 0)
+    if not kept:
+        monkeypatch.setattr(sequence, "_kept", None)
+    program = str(jax.make_jaxpr(lambda params: jax.grad(loss_of)(params))(parts()[0]))
+    assert CONFIG.index_topk != CONFIG.num_experts_per_tok
+    picks = re.findall(rf"top_k\[[^]]*k={CONFIG.index_topk}]", program)  # one body for both layers
+    assert len(picks) == (1 if kept else 2)
+
+
+def test_gradients_of_taken_entries_are_summed_in_float32():
+    plane, index = jnp.ones((1, 2, 3), jnp.bfloat16), jnp.zeros((1, 1000, 1), jnp.int32)
+    total = jax.grad(lambda x: take_entries(x, index).astype(jnp.float32).sum())(plane)
+    # In bfloat16 a sum of ones ends at 256.
+    np.testing.assert_array_equal(total[0, :, 0].astype(np.float32), [1000, 0])
 
 
 def test_the_divergence_is_that_of_numpy_and_zero_at_the_target():

@@ -154,6 +154,17 @@ def test_a_wording_is_held_out_from_training_and_tests_use_it(family):
     assert any(held["test"]) and not all(held["test"])
 
 
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_fifth_of_a_tests_wordings_is_held_out_however_many_there_are(count):
+    rnd, texts = random.Random(0), tuple(f" note{'.' * i}" for i in range(count))
+    picked = [phrases.pick(rnd, texts, test=True) for _ in range(4000)]
+    held = sum(phrase.held_out for phrase in picked) / len(picked)
+    assert abs(held - 0.2) < 4 * (0.16 / len(picked)) ** 0.5
+    assert len({phrase.name for phrase in picked}) == count
+    trained = [phrases.pick(rnd, texts, test=False) for _ in range(400)]
+    assert {phrase.name for phrase in trained} == {str(i) for i in range(count - 1)}
+
+
 def test_words_of_held_out_wordings_occur_in_training():
     every = [v for v in vars(phrases).values() if isinstance(v, tuple) and len(v) > 1]
     every += phrases.ASK_PERSON.values()

@@ -23,6 +23,9 @@ FACTS = (
     r" The secret \w+ of (?P<key>\w+) is : (?P<value>\w+)\.",
     r" For (?P<key>\w+), the \w+ is (?P<value>\w+)\.",
     r" The \w+ given to (?P<key>\w+) was (?P<value>\w+)\.",
+    r" (?P<value>\w+) is the \w+ of (?P<key>\w+)\.",
+    r" (?:Give|We gave) (?P<key>\w+) the \w+ (?P<value>\w+)\.",
+    r" The \w+ that belongs to (?P<key>\w+) is (?P<value>\w+)\.",
 )
 RECALL = (r" [\[(] (?P<key>\w+)[^\])]*? (?P<value>\w+)(?: \]|\))",)
 SET = (
@@ -31,6 +34,12 @@ SET = (
     r" Write (?P<value>\d+) into (?P<key>\w+)\.",
     r" (?P<value>\d+) goes to (?P<key>\w+)\.",
     r" Let (?P<key>\w+) hold (?P<value>\d+)\.",
+    r" Set (?P<key>\w+) to (?P<value>\d+)\.",
+    r" (?:The variable|From now) (?P<key>\w+) is (?P<value>\d+)\.",
+    r" (?P<key>\w+) has the value (?P<value>\d+)\.",
+    r" Give (?P<key>\w+) the value (?P<value>\d+)\.",
+    r" We write (?P<value>\d+) in (?P<key>\w+)\.",
+    r" (?P<value>\d+) is now in (?P<key>\w+)\.",
 )
 COPY = (
     r" VAR (?P<value>\w+) = VAR (?P<key>\w+)\.",
@@ -38,6 +47,13 @@ COPY = (
     r" Copy (?P<key>\w+) to (?P<value>\w+)\.",
     r" (?P<key>[a-z]\w+) goes to (?P<value>\w+)\.",
     r" Let (?P<value>\w+) hold the value of (?P<key>\w+)\.",
+    r" Set (?P<value>\w+) to (?P<key>[a-z]\w+)\.",
+    r" The variable (?P<value>\w+) is equal to (?P<key>\w+)\.",
+    r" From now (?P<value>\w+) is the same as (?P<key>\w+)\.",
+    r" (?P<value>\w+) has the value of (?P<key>\w+)\.",
+    r" Give (?P<value>\w+) what (?P<key>\w+) holds\.",
+    r" We write (?P<key>[a-z]\w+) in (?P<value>\w+)\.",
+    r" (?P<key>[a-z]\w+) is now in (?P<value>\w+)\.",
 )
 PERSON = (
     r" Document \d+\. (?P<key>\w+) was born in (?P<town>\w+)\. She works as a (?P<job>\w+)\. "
@@ -48,24 +64,34 @@ PERSON = (
     r"(?P<pet>\w+)\.",
     r" Document \d+\. (?P<key>\w+), born in (?P<town>\w+), is a (?P<job>\w+) and has a "
     r"(?P<pet>\w+)\.",
+    r" Document \d+\. In (?P<town>\w+) lives (?P<key>\w+), a (?P<job>\w+) with a (?P<pet>\w+)\.",
+    r" Document \d+\. (?P<key>\w+) is a (?P<job>\w+) from (?P<town>\w+) with a (?P<pet>\w+)\.",
 )
 WORKS = (
     r" (?P<key>\w+) works for (?P<value>\w+)\.",
     r" The company of (?P<key>\w+) is (?P<value>\w+)\.",
     r" (?P<key>\w+) found a job at (?P<value>\w+)\.",
     r" Since last year (?P<key>\w+) works at (?P<value>\w+)\.",
+    r" (?P<value>\w+) gave a job to (?P<key>\w+)\.",
+    r" You can find (?P<key>\w+) at (?P<value>\w+)\.",
+    r" (?P<key>\w+) is with (?P<value>\w+)\.",
 )
 LOCATED = (
     r" (?P<key>\w+) is located in (?P<value>\w+)\.",
     r" The office of (?P<key>\w+) is in (?P<value>\w+)\.",
     r" (?P<key>\w+) has its building in (?P<value>\w+)\.",
     r" You can find (?P<key>\w+) in (?P<value>\w+)\.",
+    r" In (?P<value>\w+) is the building of (?P<key>\w+)\.",
+    r" (?P<key>\w+) is a company in (?P<value>\w+)\.",
+    r" The company (?P<key>\w+) is from (?P<value>\w+)\.",
 )
 CHAT = (
-    r" The (?P<item>\w+) of (?P<key>\w+) is (?:now )?(?P<value>\w+)\.",
+    r" (?:The|The new|Since today the) (?P<item>\w+) of (?P<key>\w+) is (?:now )?(?P<value>\w+)\.",
     r" (?P<key>\w+) said that the (?P<item>\w+) is (?:now )?(?P<value>\w+)\.",
-    r" (?:I think|From today) (?P<key>\w+) has the (?P<item>\w+) (?P<value>\w+)\.",
+    r" (?:I think|From today|You know that) (?P<key>\w+) has the (?P<item>\w+) (?P<value>\w+)\.",
     r" For (?P<key>\w+) the (?P<item>\w+) (?:was|changed to) (?P<value>\w+)\.",
+    r"(?: Now)? (?P<value>\w+) is the (?P<item>\w+) of (?P<key>\w+)\.",
+    r" The (?P<item>\w+) that (?P<key>\w+) has is (?P<value>\w+)\.",
 )
 EVENT = (r" (?:Today I visited|I went to|We traveled to|I took a trip to) (?P<key>\w+)\.",)
 POEM = (r"(?:A|a|Poem|This) ?(?:poem )?(?:is )?about (?P<key>\w+) :(?P<value>[^.]*)\.",)

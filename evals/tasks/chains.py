@@ -19,7 +19,7 @@ def build_tracking(draw: Draw) -> Plan:
 
     A variable is copied only after it was set. Chains have their own values, and mix in the text.
     """
-    index = draw.rnd.randrange(len(phrases.CHAIN_START) - (not draw.test))
+    index = phrases.index_of(draw.rnd, len(phrases.CHAIN_START), test=draw.test)
     wording = [
         draw.reworded(phrases.compile_phrase(str(index), texts[index], index == len(texts) - 1))
         for texts in (phrases.CHAIN_START, phrases.CHAIN_HOP)

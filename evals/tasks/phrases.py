@@ -1,7 +1,7 @@
 """The wording of facts and questions, compiled to ids; tests see wordings that training never does.
 
 In a phrasing "{key}" stands for tokens that carry their own space. The last phrasing of every set
-is held out: only tests use it, as one among the others.
+is held out: only tests use it, in HELD_OUT of the cases, however many others there are.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ BOS_ID, EOS_ID, USER_ID = _id(BOS), _id(EOS), _id(USER)
 ASSISTANT_ID, THINK_ID, END_THINK_ID = _id(ASSISTANT), _id(THINK), _id(END_THINK)
 
 
+HELD_OUT = 0.2
 _OTHER = 0.4  # of the words of a reworded phrasing
 
 
@@ -60,9 +61,15 @@ def _compiled(texts: tuple[str, ...]) -> tuple[Phrase, ...]:
 
 
 def pick(rnd: random.Random, texts: tuple[str, ...], *, test: bool) -> Phrase:
-    """One of the phrasings this split may use, all equally often."""
-    phrases = _compiled(texts)
-    return phrases[int(rnd.random() * (len(phrases) - (not test)))]
+    """One of the phrasings this split may use, those of training equally often."""
+    return _compiled(texts)[index_of(rnd, len(texts), test=test)]
+
+
+def index_of(rnd: random.Random, count: int, *, test: bool) -> int:
+    """Which of `count` phrasings `pick` takes."""
+    if test and rnd.random() < HELD_OUT:
+        return count - 1
+    return int(rnd.random() * (count - 1))
 
 
 def reworded(rnd: random.Random, phrase: Phrase, words: tuple[int, ...]) -> Phrase:
@@ -112,6 +119,10 @@ FACT = (
     " Remember that{key} goes with{value}.",
     " The secret{noun} of{key} is :{value}.",
     " For{key}, the{noun} is{value}.",
+    "{value} is the{noun} of{key}.",
+    " Give{key} the{noun}{value}.",
+    " The{noun} that belongs to{key} is{value}.",
+    " We gave{key} the{noun}{value}.",
     " The{noun} given to{key} was{value}.",
 )
 ASK_ONE = (
@@ -120,6 +131,9 @@ ASK_ONE = (
     "Which{noun} does{key} have?",
     "Tell me the{noun} of{key}.",
     "Find the{noun} that goes with{key}.",
+    "Give me the{noun} for{key}.",
+    "What{noun} was given to{key}?",
+    "Name the{noun} that belongs to{key}.",
     "What was the{noun} of{key}?",
 )
 ASK_ALL = (
@@ -127,6 +141,8 @@ ASK_ALL = (
     "List all{nouns} for{key}.",
     "Which{nouns} does{key} have?",
     "Find every{noun} of{key}.",
+    "Give me all{nouns} of{key}.",
+    "Name every{noun} for{key}.",
     "Tell me all the{nouns} that go with{key}.",
 )
 ASK_SEVERAL = (
@@ -134,12 +150,16 @@ ASK_SEVERAL = (
     "List the{nouns} for{keys}.",
     "Which{nouns} do{keys} have?",
     "Find the{nouns} of{keys}.",
+    "Give me the{nouns} of{keys}.",
+    "Name the{nouns} for{keys}.",
     "Tell me the{nouns} that go with{keys}.",
 )
 ASK_CHOICE = (
     "Which is the{noun} for{key}?{choices}",
     "Choose the{noun} of{key}:{choices}",
     "What is the{noun} for{key}?{choices}",
+    "Name the{noun} for{key}:{choices}",
+    "Tell me the{noun} of{key}.{choices}",
     "Find the{noun} that{key} has.{choices}",
 )
 
@@ -149,6 +169,13 @@ CHAIN_START = (
     " The value{value} is stored in{new}.",
     " Write{value} into{new}.",
     "{value} goes to{new}.",
+    " Set{new} to{value}.",
+    " The variable{new} is{value}.",
+    "{new} has the value{value}.",
+    " Give{new} the value{value}.",
+    " From now{new} is{value}.",
+    " We write{value} in{new}.",
+    "{value} is now in{new}.",
     " Let{new} hold{value}.",
 )
 CHAIN_HOP = (
@@ -156,12 +183,22 @@ CHAIN_HOP = (
     " The value of{old} is copied into{new}.",
     " Copy{old} to{new}.",
     "{old} goes to{new}.",
+    " Set{new} to{old}.",
+    " The variable{new} is equal to{old}.",
+    "{new} has the value of{old}.",
+    " Give{new} what{old} holds.",
+    " From now{new} is the same as{old}.",
+    " We write{old} in{new}.",
+    "{old} is now in{new}.",
     " Let{new} hold the value of{old}.",
 )
 ASK_CHAIN = (
     "Find all variables that have the value{value}.",
     "Which variables hold{value}?",
     "List the variables that are equal to{value}.",
+    "Tell me all variables that hold{value}.",
+    "Where is{value} stored?",
+    "Give me every variable with{value}.",
     "Name all variables with the value{value}.",
 )
 
@@ -170,6 +207,8 @@ PERSON = (
     " Document{number}.{name} was born in{town}. She works as a{job}. Her pet is a{pet}.",
     " Document{number}.{name} lives with a{pet}. He was born in{town} and works as a{job}.",
     " Document{number}. The{job}{name} was born in{town} and has a{pet}.",
+    " Document{number}. In{town} lives{name}, a{job} with a{pet}.",
+    " Document{number}.{name} is a{job} from{town} with a{pet}.",
     " Document{number}.{name}, born in{town}, is a{job} and has a{pet}.",
 )
 ASK_PERSON = {
@@ -185,18 +224,26 @@ WORKS = (
     "{name} works for{company}.",
     " The company of{name} is{company}.",
     "{name} found a job at{company}.",
+    "{company} gave a job to{name}.",
+    " You can find{name} at{company}.",
+    "{name} is with{company}.",
     " Since last year{name} works at{company}.",
 )
 LOCATED = (
     "{company} is located in{town}.",
     " The office of{company} is in{town}.",
     "{company} has its building in{town}.",
+    " In{town} is the building of{company}.",
+    "{company} is a company in{town}.",
+    " The company{company} is from{town}.",
     " You can find{company} in{town}.",
 )
 ASK_WORKS_IN = (
     "In which town does{name} work?",
     "Where is the company of{name} located?",
     "Find the town where{name} works.",
+    "Tell me the town where{name} works.",
+    "Which town does{name} work in?",
     "Name the town in which{name} has a job.",
 )
 
@@ -220,18 +267,26 @@ CHAT_FACT = (
     " The{item} of{key} is{value}.",
     "{key} said that the{item} is{value}.",
     " I think{key} has the{item}{value}.",
+    "{value} is the{item} of{key}.",
+    " You know that{key} has the{item}{value}.",
+    " The{item} that{key} has is{value}.",
     " For{key} the{item} was{value}.",
 )
 CHAT_UPDATE = (
     " The{item} of{key} is now{value}.",
     "{key} said that the{item} is now{value}.",
     " From today{key} has the{item}{value}.",
+    " Now{value} is the{item} of{key}.",
+    " The new{item} of{key} is{value}.",
+    " Since today the{item} of{key} is{value}.",
     " For{key} the{item} changed to{value}.",
 )
 ASK_CHAT = (
     "What is the{item} of{key}?",
     "What is the{item} of{key} now?",
     "Tell me the{item} of{key}.",
+    "Name the{item} of{key}.",
+    "What{item} does{key} have?",
     "Which{item} does{key} have?",
 )
 CHAT_EVENT = (
@@ -272,6 +327,8 @@ ASK_POEM = (
     "Repeat the{nth} poem about{key}.",
     "Write the{nth} poem about{key} again.",
     "Give me the{nth} poem about{key}.",
+    "Tell me the{nth} poem about{key}.",
+    "Write the{nth} poem about{key}.",
     "What was the{nth} poem about{key}?",
 )
 PASSAGE = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from lsa_jax.cache import codec
 from lsa_jax.cache.state import LayerState, flat_entries
@@ -43,8 +43,28 @@ class Resident:
 
 def take_entries(planes: codec.Planes, index: Int[Array, "B T k"]) -> codec.Planes:
     """Entries [B, N, ...] at indices of their own row -> [B, T, k, ...]."""
+    return jax.tree.map(lambda plane: _take(plane, index), planes)
+
+
+@jax.custom_vjp
+def _take(plane: Shaped[Array, "B N *c"], index: Int[Array, "B T k"]) -> Shaped[Array, "B T k *c"]:
+    """One plane of `take_entries`. Gradients are summed in float32: thousands of queries may have
+    read the same entry."""
+    return plane[jnp.arange(index.shape[0])[:, None, None], index]
+
+
+def _taken(plane: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _take(plane, index), (plane, index)
+
+
+def _spread(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    plane, index = kept
     rows = jnp.arange(index.shape[0])[:, None, None]
-    return jax.tree.map(lambda plane: plane[rows, index], planes)
+    total = jnp.zeros(plane.shape, jnp.float32).at[rows, index].add(gradient.astype(jnp.float32))
+    return total.astype(plane.dtype), None
+
+
+_take.defvjp(_taken, _spread)
 
 
 def masked(readable: Bool[Array, "B N"]) -> Resident:

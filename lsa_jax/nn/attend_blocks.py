@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax.cache import codec
@@ -21,6 +22,7 @@ from pallas_kernels.index_score.reference import CHUNK_BLOCK_BYTES
 WINDOW_BLOCK = 128  # consecutive queries of a prefill chunk that share one stretch of window keys
 BLOCK_BYTES = 1 << 30  # scores and gathered entries that a prefill chunk holds at once
 DENSE_LIMIT = 8  # capacity / top-k up to which masking beats gathering in prefill
+PICKED = "picked"  # what reverse mode had better keep of a chunk: which entries its queries pick
 
 
 class KeySet(NamedTuple):
@@ -64,7 +66,7 @@ def sink_attention(
 
 def _masks(site: Site, capacity: int) -> bool:
     """Whether entries that a query does not pick are masked; otherwise the picked are gathered."""
-    return not site.compute.gather or capacity <= DENSE_LIMIT * site.cfg.index_topk
+    return capacity <= DENSE_LIMIT * site.cfg.index_topk
 
 
 def _compressed_keys(
@@ -84,12 +86,15 @@ def _compressed_keys(
         return [KeySet(codec.decode_entries(site.cfg, flat, dtype)[:, None], visible)]
     assert state.index_keys is not None
     keys, k = flat_entries(state.index_keys), site.cfg.index_topk
-    backend = site.compute.kernel_backend
+    backend = site.compute.picking_backend
+    index_q, keys = jax.lax.stop_gradient((index_q, keys))
     scores = indexer.index_scores(*index_q, keys, backend=backend)
     if _masks(site, n):
-        mask = indexer.topk_mask(scores, visible, k)
+        mask = checkpoint_name(indexer.topk_mask(scores, visible, k), PICKED)
         return [KeySet(codec.decode_entries(site.cfg, flat, dtype)[:, None], mask)]
-    index, valid = indexer.topk_indices(scores, visible, k, backend=backend)
+    seen = site.seen(state, positions)
+    found = indexer.topk_indices(scores, seen, k, backend=backend)
+    index, valid = checkpoint_name(found, PICKED)
     picked = take_entries(flat, index)
     return [KeySet(codec.decode_entries(site.cfg, picked, dtype), valid)]
 

@@ -245,8 +245,10 @@ def choose_mesh(case: Case, devices: int) -> MeshShape:
     """The mesh over so many devices that leaves the least on each.
 
     At equal bytes the tensor axis is preferred to the expert axis: tokens then read the experts
-    they use on every device, in place of all experts. ConfigError where no mesh divides the model.
+    they use on every device, in place of all experts. ConfigError where no mesh divides the model,
+    or the budget is below its floor.
     """
+    _ = case.state_bytes  # of no mesh: an error here is not that none divides the model
     found: dict[MeshShape, int] = {}
     for shape in _factorings(devices):
         if (case.lsa is not None and shape[0] != 1) or case.cfg.o_groups % shape[2]:

@@ -71,8 +71,15 @@ def dots(q: Float[Array, "B T H K"], values: Float[Array, "B n K"]) -> Float[Arr
 
 
 def head_sum(d: Float[Array, "B H T n"], w: Float[Array, "B T H"]) -> Float[Array, "B T n"]:
-    """sum_h w[h] * relu(d[h])."""
-    return jnp.sum(jax.nn.relu(d) * jnp.moveaxis(w, 2, 1)[..., None], axis=1)
+    """sum_h w[h] * relu(d[h]).
+
+    Head by head where queries are many: a GPU's compiler then reads the products once, where it
+    writes and reads them again, turned around, for a sum over the axis.
+    """
+    w = jnp.moveaxis(w, 2, 1)[..., None]
+    if d.shape[2] == 1:
+        return jnp.sum(jax.nn.relu(d) * w, axis=1)
+    return functools.reduce(jnp.add, (jax.nn.relu(d[:, h]) * w[:, h] for h in range(d.shape[1])))
 
 
 def seen(

@@ -72,7 +72,7 @@ class _Steps:
     def __init__(self, cfg: PretrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         self.cfg, self.model, self.mesh = cfg, model, mesh
         self.optimizer = make_optimizer(cfg.optimizer)
-        self.compute = ComputeConfig(dtype=cfg.run.compute_dtype, backend="xla", gather=False)
+        self.compute = ComputeConfig(dtype=cfg.run.compute_dtype, backend="xla", picking="auto")
         self.whole = NamedSharding(mesh, PartitionSpec())
         self.rows = NamedSharding(mesh, PartitionSpec("data"))
         self._programs: dict[int, concurrent.futures.Future[Callable[..., Any]]] = {}

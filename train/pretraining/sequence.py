@@ -16,11 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from lsa_jax.cache.state import LayerState, init_state
 from lsa_jax.config import CacheConfig, ComputeConfig, ConfigError, ModelConfig
+from lsa_jax.nn.attend_blocks import PICKED
 from lsa_jax.nn.layers import Leaves
 from lsa_jax.nn.moe import Moe
 from lsa_jax.nn.transformer import Block, DeepSeekV4
 from lsa_jax.parameters import Table, parameter_table
 from train.pretraining import index_teacher
+
+_kept = jax.checkpoint_policies.save_only_these_names(PICKED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +165,9 @@ def forward(
     end = pattern.first + pattern.period * pattern.repeats
 
     def one(i: int, streams: Array) -> tuple[Array, Observed]:
-        run = jax.checkpoint(lambda leaves, s: layers.run(i, leaves, s, ids, states[i], lesson))
+        run = jax.checkpoint(
+            lambda leaves, s: layers.run(i, leaves, s, ids, states[i], lesson), policy=_kept
+        )
         return run(layers.of(i), streams)
 
     def period(streams: Array, parts: list[dict[str, Array]]) -> tuple[Array, list[Observed]]:
@@ -172,6 +177,7 @@ def forward(
             run = jax.checkpoint(
                 lambda leaves, s, i=i: layers.run(i, leaves, s, ids, states[i], lesson),
                 prevent_cse=False,
+                policy=_kept,
             )
             streams, observed = run(part, streams)
             seen.append(observed)
