@@ -20,7 +20,7 @@ from evals.suite.measure import Measure
 from evals.suite.official import READERS, OfficialGrid, read_grid
 from evals.suite.options import KV_FORMATS, parse
 from evals.suite.prefix import Prefixes
-from evals.suite.records import Log
+from evals.suite.records import WHOLE, Log
 from evals.suite.running import Machine, run, write_text
 from evals.suite.summary import Line, summarise
 from evals.suite.variants import Axes, Base, Variant
@@ -202,11 +202,15 @@ def show_now_and_then() -> Callable[[str], None]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Checks everything, asks what has not been asked, writes the results."""
+    """Checks everything, asks what has not been asked, writes the results where that is all."""
     setup = prepare(args)
     held = settings(args, setup)
-    log = Log(args.out, held)
-    run(setup.grid, setup.variants, log, functools.partial(load, args, setup), show_now_and_then())
+    log = Log(args.out, held, args.part)
+    machine = functools.partial(load, args, setup)
+    run(setup.grid, setup.variants, log, machine, show_now_and_then(), args.part)
+    if args.part != WHOLE:
+        print(f"part {args.part.index} of {args.part.count} is done", file=sys.stderr)
+        return
     records = [record for record in log.records if setup.grid.has(record)]
     write_results(args, summarise(records, setup.variants), held)
 

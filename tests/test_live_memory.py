@@ -9,6 +9,7 @@ from lsa_jax import plan
 
 CASE = ["--config", "mini_model", "--weights", "bf16", "--context", "2048"]
 LSA = ["--attention", "lsa", "--kv-budget", "0.5", "--page-entries", "4", "--recency", "16"]
+LSA += ["--lookahead", "16"]
 
 
 def test_a_device_that_plans_do_not_know_is_refused(capsys):
@@ -25,8 +26,9 @@ def test_weights_are_made_as_the_plan_counts_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], [*LSA, "--lookahead", "16"]], ids=["full", "lsa"])
-@pytest.mark.parametrize(("peak", "code"), [(104, 0), (106, 1), (94, 1)])
+@pytest.mark.parametrize(
+    ("options", "peak", "code"), [([], 104, 0), ([], 106, 1), (LSA, 96, 0), (LSA, 94, 1)]
+)
 def test_a_run_more_than_a_twentieth_off_its_plan_fails(monkeypatch, options, peak, code):
     peaks = iter([50, peak])
     device = types.SimpleNamespace(

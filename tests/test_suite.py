@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from evals.suite import tables
+from evals.suite import options, tables
 from evals.suite.cases import TASKS, Cell, MiniGrid, cases, check_tasks, draw
 from evals.suite.measure import Measure, evidence_entries, recalled
-from evals.suite.records import Log, read
+from evals.suite.records import WHOLE, Log, Part, read
 from evals.suite.replies import Cycle, Reply
 from evals.suite.running import Machine, Progress, run
 from evals.suite.summary import FULL, summarise
@@ -202,9 +202,9 @@ class Drawn:
         yield from listed(self.grid)
 
 
-def results(directory, machine, grid=GRID, variants=VARIANTS):
-    log = Log(directory, {"checkpoint": "one"})
-    run(Drawn(grid), variants, log, lambda: machine, lambda line: None)
+def results(directory, machine, grid=GRID, variants=VARIANTS, part=WHOLE):
+    log = Log(directory, {"checkpoint": "one"}, part)
+    run(Drawn(grid), variants, log, lambda: machine, lambda line: None, part)
     lines = summarise(log.records, variants)
     text = tables.markdown(lines, heading="# Results", source="Planted.")
     return log, text, tables.to_text(tables.as_json(lines))
@@ -215,6 +215,29 @@ def test_all_arms_share_one_prefill_of_each_haystack(tmp_path):
     results(tmp_path, machine)
     assert len(machine.prefills) == len(set(machine.prefills)) == len(listed(GRID))
     assert len(machine.asked) == len(VARIANTS) * len(machine.prefills)
+
+
+def test_parts_answer_every_haystack_once_and_make_the_tables_of_the_whole(tmp_path):
+    whole, machines = results(tmp_path / "whole", Knowing()), [Knowing() for _ in range(3)]
+    for index, machine in enumerate(machines, start=1):
+        results(tmp_path / "parts", machine, part=Part(index, 3))
+    cells = [cell for machine in machines for cell in machine.prefills]
+    assert len(cells) == len(set(cells)) == len(listed(GRID)) and all(m.prefills for m in machines)
+    quiet = Knowing()
+    assert results(tmp_path / "parts", quiet)[1:] == whole[1:] and not quiet.asked
+    again = Knowing()
+    results(tmp_path / "parts", again, part=Part(1, 2))  # other parts know what the first did
+    assert not again.asked
+    names = {path.name for path in (tmp_path / "parts").glob("answers*")}
+    assert names >= {"answers.jsonl", *(f"answers-{i}-of-3.jsonl" for i in (1, 2, 3))}
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/2", "1/2/3", "1/1000"])
+def test_a_part_that_is_none_is_refused_in_one_line(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        options.parse(["--ckpt", "a", "--out", "b", "--part", text])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "must be I/N with 1 <= I" in error
 
 
 class Interrupted(Knowing):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from evals.suite.cases import TASKS
+from evals.suite.records import WHOLE, Part
 from evals.suite.variants import ARMS, LsaPolicy
 from infer import arguments
 from lsa_jax import cli
@@ -16,7 +17,9 @@ DESCRIPTION = """\
 Asks a model questions about long texts, with each arm of attention at the same KV bytes on the
 device. Every haystack is prefilled once, for all arms and questions. Answers are appended to
 OUT/answers.jsonl as they come, and the same command goes on from there; then OUT/results.json and
-OUT/results.md are written. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
+OUT/results.md are written. A small model leaves a GPU idle most of the time: several processes may
+share it, each with --part I/N, and the command without --part then writes the results. Exit codes:
+0, 2 after an error (one line), 130 after Ctrl-C."""
 
 KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 
@@ -45,6 +48,16 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return read
+
+
+def part(text: str) -> Part:
+    """Such as 2/8."""
+    numbers = text.split("/")
+    if len(numbers) == 2 and all(n.isascii() and n.isdecimal() and len(n) < 4 for n in numbers):
+        found = Part(*map(int, numbers))
+        if 1 <= found.index <= found.count:
+            return found
+    raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N < 1000, got {text!r}")
 
 
 def budget(text: str) -> str:
@@ -120,6 +133,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--kv", choices=("auto", *KV_FORMATS), default="auto", help="default: as --dtype")
     add("--prefill-chunk", type=arguments.positive, default=1024, help="tokens; default 1024")
+    help_ = "answer every N-th haystack from the I-th on, and write no results"
+    add("--part", type=part, default=WHOLE, metavar="I/N", help=help_)
     add("--plot", action="store_true", help="figures too; needs matplotlib")
     help_ = "Markdown whose generated block is replaced by the table"
     add("--write-into", type=Path, metavar="FILE.md", help=help_)

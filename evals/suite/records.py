@@ -1,7 +1,8 @@
 """Answers on disk, one JSON line each, appended as they come: a run that was cut off goes on.
 
 A group is what one variant answered about one haystack. Its lines say how many they are, so that
-a group that is not whole is told apart, dropped, and answered anew.
+a group that is not whole is told apart, dropped, and answered anew. Parts of a run that go on at
+the same time have files of their own, and everybody reads all.
 """
 
 import collections
@@ -10,13 +11,13 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals.suite.cases import Cell
 from evals.suite.variants import Variant
 from lsa_jax.config import ConfigError
 
-NAME = "answers.jsonl"
+NAME, PARTS = "answers.jsonl", "answers-*-of-*.jsonl"
 SETTINGS = "settings.json"
 
 Record = dict[str, Any]
@@ -49,20 +50,40 @@ def read(path: Path) -> list[Record]:
     return [r for group in groups.values() if len(group) == group[0]["group"] for r in group]
 
 
+class Part(NamedTuple):
+    """Number `index` of `count` parts of a run, from 1 on."""
+
+    index: int
+    count: int
+
+    def has(self, number: int) -> bool:
+        """Whether haystack `number`, from 0 on, is this part's."""
+        return number % self.count == self.index - 1
+
+
+WHOLE = Part(1, 1)
+
+
 class Log:
-    """The records of a run's directory, which is made where it is not there yet.
+    """The records of a run's directory, which is made where it is not there yet; new ones are
+    added to the file of a part.
 
     `settings` are what all records depend on; a directory of other settings is refused with
     ConfigError, which names the first that differs.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        self.path = directory / NAME
+    def __init__(self, directory: Path, settings: dict[str, Any], part: Part = WHOLE):
+        name = NAME if part == WHOLE else f"answers-{part.index}-of-{part.count}.jsonl"
+        self.path = directory / name
         directory.mkdir(parents=True, exist_ok=True)
         _hold_to(directory / SETTINGS, settings)
-        self.records = read(self.path)
-        self._done = {_key(record) for record in self.records}
-        _replace(self.path, (json.dumps(record) for record in self.records))
+        own = read(self.path)
+        _replace(self.path, (json.dumps(record) for record in own))
+        self.records, self._done = own, {_key(record) for record in own}
+        for path in sorted({directory / NAME, *directory.glob(PARTS)} - {self.path}):
+            others = [record for record in read(path) if _key(record) not in self._done]
+            self.records = self.records + others
+            self._done |= {_key(record) for record in others}
 
     def has(self, cell: Cell, variant: Variant) -> bool:
         """Whether a group is there."""

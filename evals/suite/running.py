@@ -10,7 +10,7 @@ from evals.suite.answers import Answers
 from evals.suite.cases import Case, capacity_for
 from evals.suite.measure import Measure
 from evals.suite.prefix import Prefixes, widen
-from evals.suite.records import Log
+from evals.suite.records import WHOLE, Log, Part
 from evals.suite.variants import Variant
 
 
@@ -91,13 +91,17 @@ def run(
     log: Log,
     load: Callable[[], Machine],
     show: Callable[[str], None],
+    part: Part = WHOLE,
 ) -> None:
-    """Answers everything that `log` does not have; the model is loaded where something is missing.
+    """Answers everything of a part that `log` does not have; the model is loaded where something
+    is missing.
 
     `show` is called with a line after every haystack that was read.
     """
-    progress, machine = Progress(grid.work), None
-    for case in grid.cases():
+    progress, machine = Progress(grid.work // part.count), None
+    for number, case in enumerate(grid.cases()):
+        if not part.has(number):
+            continue
         missing = [variant for variant in variants if not log.has(case.cell, variant)]
         if missing:
             machine = machine or load()

@@ -55,7 +55,8 @@ def topk_mask(
     no copy of `pallas_kernels.top_k`: where all entries are read anyway and only weighed by the
     mask, indices would have to be scattered back into one.
     """
-    order = jnp.where(visible, _sortable(scores), 0)
+    # Computed once: were it fused into every count, compilers might round it in several ways.
+    order = jax.lax.optimization_barrier(jnp.where(visible, _sortable(scores), 0))
     digits = jnp.arange(1, 16, dtype=jnp.uint32)
 
     def refine(i: Int[Array, ""], kth: Array) -> Array:
