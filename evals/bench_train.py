@@ -59,6 +59,7 @@ CHECK_SIZES = dataclasses.replace(SMOKE, hidden=64, heads=8, rank=48, head_dim=3
 # bfloat16: torch rounds more intermediates than we do, 2^-9 each.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 CHECK_CLIP = 0.05  # below the norms met, so that clipping is compared too
+WAITING = 0.05  # of the loop's time, by the host
 SLOWER = 0.05  # than on batches that are there: beyond, the pipeline holds the device up
 MODES = ("eager", "compiled", "compiled, CUDA graphs")
 
@@ -262,13 +263,13 @@ def describe(result: dict[str, Any], sizes: Sizes) -> Iterator[str]:
         f"for batches {loop['waiting_seconds'] * 1e3:.3f} ms, the host's own part, dispatch: "
         f"{loop['dispatch_seconds'] * 1e3:.3f} ms"
     )
-    # Not by the host's waiting: while the device computes the step before, it costs nothing.
-    slower = loop["seconds"] / step["seconds"] - 1
-    verdict = "is" if slower > SLOWER else "is not"
+    # The host may wait while the device still computes; either alone is called the bottleneck.
+    slower, waiting = loop["seconds"] / step["seconds"] - 1, data["waiting_share"]
+    verdict = "is" if slower > SLOWER or waiting > WAITING else "is not"
     yield (
-        f"the input pipeline {verdict} the bottleneck: with it a step takes {100 * slower:.1f} % "
-        f"longer than on batches that are on the device; the host waits for batches in "
-        f"{100 * data['waiting_share']:.1f} % of the time"
+        f"the input pipeline {verdict} the bottleneck: with it a step takes {100 * slower:.2f} % "
+        f"longer than on batches that are on the device (at most {100 * SLOWER:g}); the host waits "
+        f"for batches in {100 * waiting:.2f} % of the time (at most {100 * WAITING:g})"
     )
     for mode, seconds in result.get("peer", {}).get("seconds", {}).items():
         ratio = seconds / step["seconds"]

@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -31,8 +30,6 @@ CHECKS: Mapping[str, Callable[[], Iterable[Finding]]] = {
     "bandwidth": memory.bandwidth,
     "kernels": kernels.kernels,
 }
-# Products are as right untuned, and on a GPU to tune them takes longer than all else here together.
-UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
 _PACKAGES = ("lsa_jax", "jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda13-plugin")
 
 
@@ -121,7 +118,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=tuple(CHECKS), metavar="CHECK")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the report as JSON")
     args = parser.parse_args(argv)
-    os.environ.setdefault("XLA_FLAGS", UNTUNED)  # of this process; what the user has set stays
     good: list[bool] = []
     code = cli.exit_code(
         lambda: good.append(selftest(args.only, args.json)), interrupted="interrupted"

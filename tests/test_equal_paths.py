@@ -2,6 +2,7 @@
 gathered entries, in one block or many; blocked index scores; two kinds of top-k; two expert paths.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -15,12 +16,14 @@ from hypothesis.extra import numpy as hnp
 
 from lsa_jax import quant
 from lsa_jax.cache import codec
+from lsa_jax.config import ConfigError
 from lsa_jax.nn import attend_blocks, moe
 from lsa_jax.nn.layers import Leaves
 from lsa_jax.nn.lightning_indexer import index_scores, topk_indices, topk_mask
 from lsa_jax.nn.moe import Experts, Routing
 from lsa_jax.nn.site import visible_entries
 from lsa_jax.parameters import parameter_table
+from pallas_kernels import dispatch
 from tests.golden.loader import load_case
 from tests.parity_models import (
     FLOAT32,
@@ -67,6 +70,16 @@ def test_prefill_masks_or_gathers_entries_in_blocks_of_any_size(
     want = SMALL.outputs["logits"]
     for got, expected in zip(prefilled_twice(fresh_extend()), want, strict=True):
         close(got, expected, LOGITS_ERROR)
+
+
+def test_a_backend_named_for_picking_runs_or_raises(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attend_blocks, "DENSE_LIMIT", 0)
+    picking = dataclasses.replace(FLOAT32, backend="xla", picking="triton")
+    model = model_of("minimal", compute=picking)
+    with pytest.raises(dispatch.Unsupported, match="triton needs"):
+        fresh_extend()(model, SMALL.ids, empty(model, 3, LENGTH), np.full(3, LENGTH, np.int32))
+    with pytest.raises(ConfigError, match="picking must be one of"):
+        dataclasses.replace(FLOAT32, picking="cuda")
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """The self-test: each of its checks fails when the thing that it checks is broken on purpose."""
 
 import json
-import os
 import types
 from typing import Any
 
@@ -116,16 +115,6 @@ def test_the_report_is_text_and_json_and_the_exit_code_says_what_holds(
 
 
 @pytest.mark.slow
-def test_products_are_not_tuned_unless_the_user_says_how(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")  # put back afterwards
-    monkeypatch.delenv("XLA_FLAGS")
-    assert selftest.main(["--only", "memory kinds"]) == 0
-    assert os.environ["XLA_FLAGS"] == selftest.UNTUNED
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=2")
-    assert selftest.main(["--only", "memory kinds"]) == 0
-    assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=2"
-
-
 def test_parity_holds_and_fails_when_attention_loses_its_sinks(monkeypatch):
     assert broken(parity.parity()) == []
     sink = attend_blocks.sink_attention

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from evals.suite import options, tables
+from evals.suite import tables
 from evals.suite.cases import TASKS, Cell, MiniGrid, cases, check_tasks, draw
 from evals.suite.measure import Measure, evidence_entries, recalled
 from evals.suite.records import WHOLE, Log, Part, read
@@ -230,14 +230,6 @@ def test_parts_answer_every_haystack_once_and_make_the_tables_of_the_whole(tmp_p
     assert not again.asked
     names = {path.name for path in (tmp_path / "parts").glob("answers*")}
     assert names >= {"answers.jsonl", *(f"answers-{i}-of-3.jsonl" for i in (1, 2, 3))}
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/2", "1/2/3", "1/1000"])
-def test_a_part_that_is_none_is_refused_in_one_line(text, capsys):
-    with pytest.raises(SystemExit) as stop:
-        options.parse(["--ckpt", "a", "--out", "b", "--part", text])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "must be I/N with 1 <= I" in error
 
 
 class Interrupted(Knowing):

@@ -131,7 +131,8 @@ def _echo(
         end, behind = min(source + size, to), to + size
         if end - source < size or behind >= len(ids) or not is_filler[source:end].all():
             continue
-        if not free[to:behind].all() or _continues()[ids[[end, behind]]].any():
+        # An earlier repetition may have changed what stands at any of the three.
+        if not free[to:behind].all() or _continues()[ids[[source, end, behind]]].any():
             continue
         ids[to:behind] = ids[source:end]
         kinds[to + _ECHO_KNOWN : behind] = ANSWER

@@ -138,7 +138,7 @@ def _pick_chunk(
     """The top-k of each query, as many queries at a time as have PICK_BYTES of scores."""
     assert state.index_keys is not None
     (batch, tokens), keys = positions.shape, flat_entries(state.index_keys)
-    backend, k = site.compute.kernel_backend, site.cfg.index_topk
+    backend, k = site.compute.picking_backend, site.cfg.index_topk
     size = min(tokens, max(1, PICK_BYTES // (4 * batch * codec.capacity(state.index_keys))))
     blocks = -(-tokens // size)
 
