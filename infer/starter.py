@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from infer import embedded
+from lsa_jax.lsa.indexer_reader import read_indexer
 
 PRESET = "mini_model"  # has the shapes of the model that is embedded where it is
 
@@ -28,6 +29,11 @@ class Start:
     def label(self) -> str:
         """What numbers that are measured with them must be labelled."""
         return "mini, trained" if self.trained else "random weights"
+
+    @property
+    def targets(self) -> str:
+        """The indexer's target layers, as `train.dump_traces --targets` takes them."""
+        return ",".join(map(str, read_indexer(self.indexer).config.target_layers))
 
 
 def device() -> str:
