@@ -53,25 +53,36 @@ class LsaState:
         return self.hidden[n, :, -1]
 
 
+@dataclasses.dataclass(frozen=True)
 class Level2:
-    """Shapes of two-level decoding for one model, and its step. Holds no arrays."""
+    """Shapes of two-level decoding for one model, and its step. Holds no arrays.
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        cache: CacheConfig,
-        *,
-        targets: tuple[int, ...],
-        lookahead: int,
-        path: ResidentPath,
-        count_votes: bool = False,
-        lookback: int = 1,
-    ):
-        self.lookback = lookback
-        self.cfg, self.cache, self.path, self.count_votes = cfg, cache, path, count_votes
-        self.targets, self.csa = targets, csa_layers(cfg)
-        self.layout = RecordLayout(cfg, cache, targets)
-        self.fresh_pages = fresh_pages(cfg.csa_ratio, cache.page_entries, lookahead)
+    Equal ones share compiled programs: a session like one before compiles no prefill.
+    """
+
+    cfg: ModelConfig
+    cache: CacheConfig
+    _: dataclasses.KW_ONLY
+    targets: tuple[int, ...]
+    lookahead: int
+    path: ResidentPath
+    count_votes: bool = False
+    lookback: int = 1
+
+    @functools.cached_property
+    def csa(self) -> tuple[int, ...]:
+        """The CSA layers as the transformer counts, by ordinal."""
+        return csa_layers(self.cfg)
+
+    @functools.cached_property
+    def layout(self) -> RecordLayout:
+        """Of a page's record."""
+        return RecordLayout(self.cfg, self.cache, self.targets)
+
+    @property
+    def fresh_pages(self) -> int:
+        """Pages that hold what is formed between two boundaries."""
+        return fresh_pages(self.cfg.csa_ratio, self.cache.page_entries, self.lookahead)
 
     @property
     def fresh_tokens(self) -> int:
