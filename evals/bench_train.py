@@ -206,7 +206,7 @@ def write_inputs(
     keys = np.stack([np.asarray(part).view(np.uint8) for part in keys])
     targets = {name: getattr(drawn.targets, name) for name in ("labels", "weights", "valid")}
     arrays = {name: np.asarray(leaf) for name, leaf in training.parameters.items()}
-    arrays |= {"hidden": inputs.hidden.astype(np.float32), "positions": drawn.positions}
+    arrays |= {"hidden": inputs.hidden[:, :, 0].astype(np.float32), "positions": drawn.positions}
     arrays |= {"keys": keys, "scale": np.stack(scale or []), **targets}
     arrays |= {"settings": np.array(json.dumps(settings)), "theta": rope_frequencies(cfg)}
     np.savez(path, allow_pickle=False, **arrays)

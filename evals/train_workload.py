@@ -124,7 +124,7 @@ def random_planes(sizes: Sizes, seed: int) -> KeyPlanes:
 def random_inputs(sizes: Sizes, seed: int) -> Inputs:
     """A full batch from `random_planes`: every candidate counts, but each second sample's last."""
     rng, shape = np.random.default_rng(seed), (sizes.batch, sizes.candidates)
-    hidden = (len(sizes.target_layers), sizes.batch, sizes.hidden)
+    hidden = (len(sizes.target_layers), sizes.batch, 1, sizes.hidden)
     index = np.stack([rng.choice(sizes.entries, shape[1], replace=False) for _ in range(shape[0])])
     index = np.sort(index).astype(np.int32)
     index[::2, -1] = -1

@@ -80,7 +80,7 @@ def check_row(batch, b, facts, sampling):
         for entry, value in zip(*facts.votes.row(t), strict=True):
             votes[int(entry)] = max(votes.get(int(entry), 0), int(value))
         np.add.at(sums, *facts.mass.row(t))
-    np.testing.assert_array_equal(batch.hidden[:, b], facts.hidden[token])
+    np.testing.assert_array_equal(batch.hidden[:, b, -1], facts.hidden[token])
     assert batch.drawn.positions[b] == facts.positions[token]
     assert batch.drawn.entries[b] == np.sum(facts.formed_at <= token)
     found = entries_of(batch, b)

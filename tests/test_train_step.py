@@ -75,7 +75,7 @@ def naive_loss(params, inputs: Inputs, keys: np.ndarray) -> jax.Array:
     position = inputs.drawn.positions.astype(jnp.float32)
     for layer in range(len(CFG.target_layers)):
         score = jax.vmap(lambda *args, layer=layer: naive_logits(params, layer, *args))
-        p = 1 / (1 + jnp.exp(-score(inputs.hidden[layer], position, keys[layer])))
+        p = 1 / (1 + jnp.exp(-score(inputs.hidden[layer, :, 0], position, keys[layer])))
         right = jnp.where(t.labels == 1, p, 1 - p)
         cost = t.weights * (1 - right) ** 2 * -jnp.log(right)
         out += jnp.sum(jnp.where(t.valid, cost, 0))
@@ -131,7 +131,7 @@ def test_logits_are_those_of_the_indexer_that_serves(key_format):
         scale = None if scales is None else jnp.asarray(scales[layer])
         stored.append(codec.DensePlanes(values) if scale is None else codec.Fp8Keys(values, scale))
     serve = jax.jit(lambda leaves, *args: MemoryIndexer(CFG, leaves)(*args))
-    want = serve(leaves, inputs.hidden, inputs.drawn.positions, stored)
+    want = serve(leaves, inputs.hidden[:, :, 0], inputs.drawn.positions, stored)
     got = jax.jit(logits)(leaves, inputs, pool)
     valid, want = inputs.drawn.targets.valid, np.asarray(want)
     rms = np.sqrt(np.mean(want[:, valid] ** 2))
@@ -146,7 +146,7 @@ def test_logits_are_those_of_the_indexer_that_serves(key_format):
 
 def logits(leaves, inputs: Inputs, pool: KeyPlanes) -> jax.Array:
     keys, scale = gather(pool, inputs.drawn.sample[:, 0], inputs.drawn.index)
-    return forward.indexer_logits(CFG, leaves, inputs.hidden, inputs.drawn.positions, keys, scale)
+    return forward.indexer_logits(CFG, leaves, inputs.hidden, inputs.drawn, keys, scale)
 
 
 @pytest.mark.parametrize("key_format", ["fp8", "float32"])
@@ -215,7 +215,7 @@ def test_a_batch_in_parts_gives_the_losses_and_gradients_of_the_whole(objective)
 
 def test_a_step_without_finite_gradients_changes_only_counters(step):
     good, bad, pool = batch(0), batch(1), planes()
-    bad.hidden[0, 0, 0] = np.nan
+    bad.hidden[0, 0, 0, 0] = np.nan
     state, _ = step(step.init(parameters()), step.place(good), pool)
     before = jax.tree.map(np.array, state)
     for count in (1, 2):

@@ -68,7 +68,7 @@ def batch(seed: int = 0, *, rows: int = ROWS) -> Inputs:
     grades = np.stack([labels, rng.uniform(0.5, 2, shape), stands_for], axis=2)
     number = np.arange(rows)
     return Inputs(
-        hidden=rng.standard_normal((layers, rows, CFG.hidden_size)).astype(np.float32),
+        hidden=rng.standard_normal((layers, rows, 1, CFG.hidden_size)).astype(np.float32),
         drawn=Drawn(
             np.stack([number, number, positions, entries], axis=1).astype(np.int32),
             grades.astype(np.float32),  # each candidate has one of its own

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     Their keys are on the devices already (`train.run.key_pool`).
     """
 
-    hidden: AnyArray  # bfloat16 or float32 [L, B, D]
+    hidden: AnyArray  # bfloat16 or float32 [L, B, W, D], of the last W tokens, the row's own behind
     drawn: Drawn
 
     @property

@@ -23,6 +23,8 @@ from train.data.maker import BatchMaker, OrderConfig, Orders, Recipe
 from train.data.order import SampleTable
 from train.data.sample_counts import SIZE_MULTIPLE, padded_sizes
 from train.data.workers import Ahead
+from train.traces.columns import TraceError
+from train.traces.trace import Trace
 from train.traces.trace_info import digest
 
 _READ = 0.25  # of a group's batches: until then the next group's documents are only read
@@ -128,8 +130,10 @@ class Batches:
         *,
         process: tuple[int, int],
         epochs: int,
+        lookback: int,
     ) -> None:
         self.data, self.epochs = data, epochs
+        self._back = np.arange(1 - lookback, 1)
         order = OrderConfig(data.batch_size, data.mixed_documents, data.seed)
         self.orders = Orders(sample_table(corpus, data, sampling), order)
         rows = data.batch_size // process[1]
@@ -185,11 +189,13 @@ class Batches:
         return batch
 
     def hidden_of(self, sample: np.ndarray) -> np.ndarray:
-        """Hidden states [L, B, D] of samples; 0 where there is none. Rows of a batch lie together.
+        """Hidden states [L, B, W, D] of samples and the tokens before them; 0 where there is no
+        sample, a trace's first token's before it. Rows of a batch lie together.
 
         Samples of a document do too, mostly: so they are copied a stretch at a time.
         """
-        hidden = np.zeros((len(sample), *self._hidden_shape), self._hidden_dtype)
+        shape = (len(sample), len(self._back), *self._hidden_shape)
+        hidden = np.zeros(shape, self._hidden_dtype)
         # NumPy copies rows of its own types much faster.
         kind = {2: np.uint16, 4: np.uint32}[hidden.itemsize]
         out, documents = hidden.view(kind), sample[:, 0]
@@ -197,9 +203,10 @@ class Batches:
         for first, end in itertools.pairwise([0, *cuts.tolist(), len(sample)]):
             document = int(documents[first])
             if document >= 0:
-                states, tokens = self.hidden[document].view(kind), sample[first:end, 1]
-                np.take(states, tokens, axis=0, out=out[first:end], mode="clip")  # else: a copy
-        return np.moveaxis(hidden, 0, 1)
+                states, tokens = self.hidden[document].view(kind), sample[first:end, 1, None]
+                at = tokens + self._back
+                np.take(states, at, axis=0, out=out[first:end], mode="clip")  # else: a copy
+        return np.moveaxis(hidden, 2, 0)
 
     def _demand(self) -> Demand:
         """What the batch that is taken now takes and brings.
@@ -275,12 +282,14 @@ def batches(
     *,
     process: tuple[int, int] = (0, 1),
     epochs: int = 1,
+    lookback: int = 1,
 ) -> Batches:
     """Batches of `epochs` epochs over a corpus; of `process` = (index, count), its rows of each.
 
     Every epoch has every sample once, in another order and with other negatives. Hard negatives
     take a corpus that has them and a `hard_share`; ConfigError where only one is given, or the
-    batch cannot be split.
+    batch cannot be split. Hidden states are those of the last `lookback` tokens; TraceError where
+    a trace has gaps between its tokens then.
     """
     index, count = process
     if not 0 <= index < count or data.batch_size % count:
@@ -292,4 +301,16 @@ def batches(
         )
     if number("epochs", epochs, int) < 1:
         raise refusal("epochs", epochs, ">= 1")
-    return Batches(corpus, data, sampling, process=process, epochs=epochs)
+    if lookback > 1:
+        for trace in corpus.traces:
+            _check_consecutive(trace)
+    options = {"process": process, "epochs": epochs, "lookback": lookback}
+    return Batches(corpus, data, sampling, **options)
+
+
+def _check_consecutive(trace: Trace) -> None:
+    steps = np.diff(trace.read("positions"))
+    if (steps != 1).any():
+        at, step = (int(x[steps != 1][0]) for x in (np.arange(len(steps)), steps))
+        wanted = "consecutive for indexer.lookback > 1"
+        raise TraceError(f"{trace.path}: positions must be {wanted}, got a step of {step} at {at}")

@@ -37,10 +37,9 @@ def _check_word(field: str, value: object, known: Any) -> None:
 class IndexerOptions:
     """What the traces do not decide of the indexer (`lsa_jax.lsa.indexer_config`).
 
-    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. So are
-    `lookback`, for every token is trained to say what the tokens after it need and a fire asks the
-    last `lookback` of them, and `score`, which should be what the objective teaches: shares of
-    attention by `objective.share`, probabilities by all others.
+    `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. The
+    last `lookback` tokens are asked together, in training as in a fire. `score` should be what the
+    objective teaches: shares of attention by `objective.share`, probabilities by all others.
     """
 
     n_heads: int = 128

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from lsa_jax import quant
 from lsa_jax.lsa.indexer_config import IndexerConfig, leaf_name
 from lsa_jax.lsa.memory_indexer import rope_frequencies
 from lsa_jax.nn import rope
 from lsa_jax.nn.layers import precision, rms_normalise
+from train.data.batch import Drawn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,46 +59,58 @@ def compute_leaves(params: Mapping[str, Array], dtype: DTypeLike) -> dict[str, A
 def layer_logits(
     cfg: IndexerConfig,
     leaves: Mapping[str, Array],
-    hidden: Float[Array, "B D"],
-    positions: Int[Array, " B"],
+    hidden: Float[Array, "B W D"],
+    positions: Int[Array, "B W"],
     keys: Float[Array, "B C K"],
     key_scale: Float[Array, "B C"] | None,
-) -> Float[Array, "B C"]:
-    """Logits of one target layer, float32, computed in the dtype of the matrices.
+) -> Float[Array, "B W C"]:
+    """Logits of one target layer by token, float32, computed in the dtype of the matrices.
 
     `leaves` are by their names within the layer. Keys may be e4m3: their scale, if any, is positive
     and multiplies the sum over heads.
     """
     dtype = leaves["wq_a.weight"].dtype
-    x = hidden.astype(dtype)
+    size, width, _ = hidden.shape
+    x = hidden.reshape(size * width, -1).astype(dtype)
     latent = contract("bd,rd->br", x, leaves["wq_a.weight"])
     latent = rms_normalise(latent, cfg.norm_eps, leaves["q_norm_weight"])
     q = contract("br,or->bo", latent.astype(dtype), leaves["wq_b.weight"])
     q = q.reshape(-1, cfg.n_heads, cfg.head_dim)
-    q = quant.hadamard(rope.rotate(q, positions, rope_frequencies(cfg)))
+    q = quant.hadamard(rope.rotate(q, positions.reshape(-1), rope_frequencies(cfg)))
+    q = q.reshape(size, width * cfg.n_heads, cfg.head_dim)
     w = contract("bd,hd->bh", x, leaves["weights_proj.weight"])
     w = w * (cfg.head_dim**-0.5 * cfg.n_heads**-0.5)
     dots = contract("bhk,bck->bhc", q.astype(dtype), keys.astype(dtype))
-    logits = jnp.sum(jax.nn.relu(dots) * w[..., None], axis=1)
-    return logits if key_scale is None else logits * key_scale
+    dots = dots.reshape(size, width, cfg.n_heads, -1)
+    logits = jnp.sum(jax.nn.relu(dots) * w.reshape(size, width, -1, 1), axis=2)
+    return logits if key_scale is None else logits * key_scale[:, None]
 
 
 def indexer_logits(
     cfg: IndexerConfig,
     leaves: Mapping[str, Array],
-    hidden: Float[Array, "L B D"],
-    positions: Int[Array, " B"],
+    hidden: Float[Array, "L B W D"],
+    drawn: Drawn,
     keys: Sequence[Float[Array, "B C K"]] | Float[Array, "L B C K"],
     key_scale: Sequence[Float[Array, "B C"]] | Float[Array, "L B C"] | None,
 ) -> Float[Array, "L B C"]:
-    """Logits of all target layers by released leaf names.
+    """Logits of all target layers by released leaf names: what a fire says, of the last W tokens.
 
-    What a layer's backward pass needs of [B, H, C] is computed again, a layer at a time.
+    What a layer's backward pass needs of [B, W, H, C] is computed again, a layer at a time.
     """
+    back = jnp.arange(hidden.shape[2])[::-1]
+    positions = drawn.positions[:, None] - back
+    targets = drawn.targets
+    stands_for = jnp.where(targets.valid, targets.stands_for.astype(jnp.float32), 0)
+    # A row's own token counts always: rows without a sample (token -1) are to be finite too.
+    counts = (drawn.sample[:, 1, None] >= back) | (back == 0)
 
     @jax.checkpoint
     def score(layer: dict[str, Array], *inputs: Any) -> Array:
-        return layer_logits(cfg, layer, *inputs)
+        logits = layer_logits(cfg, layer, *inputs)
+        if len(back) == 1:  # a share's denominator is the loss's
+            return logits[:, 0]
+        return together(cfg, logits, counts, stands_for)
 
     out = []
     for i, ordinal in enumerate(cfg.target_layers):
@@ -106,6 +119,30 @@ def indexer_logits(
         scale = None if key_scale is None else key_scale[i]
         out.append(score(layer, hidden[i], positions, keys[i], scale))
     return jnp.stack(out)
+
+
+def together(
+    cfg: IndexerConfig,
+    logits: Float[Array, "B W C"],
+    counts: Bool[Array, "B W"],
+    stands_for: Float[Array, "B C"],
+) -> Float[Array, "B C"]:
+    """What the tokens that count say together (`MemoryIndexer.recent`): the highest logit, or the
+    logarithm of the mean of their shares.
+
+    Drawn candidates are in the shares as many times as they stand for, those of 0 not at all.
+    """
+    if cfg.score == "sigmoid":
+        return jnp.max(jnp.where(counts[..., None], logits, -jnp.inf), axis=1)
+    some = jnp.log(jnp.maximum(stands_for, 1e-30))
+    some = jnp.where(stands_for > 0, some, -jnp.inf)
+    some = some.at[:, 0].max(
+        jnp.where(jnp.any(stands_for > 0, axis=1), -jnp.inf, 0)
+    )  # a sum of something, for a gradient
+    total = jax.nn.logsumexp(logits + some[:, None], axis=2, keepdims=True)
+    shares = jnp.where(counts[..., None], logits - total, -jnp.inf)
+    tokens = jnp.sum(counts, axis=1, keepdims=True).astype(jnp.float32)
+    return jax.nn.logsumexp(shares, axis=1) - jnp.log(tokens)
 
 
 def log_length_scale(entries: Int[Array, " B"], reference: int) -> Float[Array, " B"]:

@@ -41,7 +41,7 @@ from train.run.splits import open_batches
 from train.run.step import Report, Step, StepConfig, Taken, check_rows, taken_from
 from train.run.validation import check_top
 
-AHEAD = 4  # batches that are on the devices before their steps: workers deliver unevenly
+AHEAD = 8  # batches that are on the devices before their steps: workers deliver unevenly
 Observer = Callable[[int, Batch], None]
 Shown = Callable[[int, float], None]
 

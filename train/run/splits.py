@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -70,9 +71,10 @@ def open_batches(cfg: TrainConfig, corpus: Corpus) -> tuple[Batches, int]:
     process = (jax.process_index(), jax.process_count())
     needed = any(getattr(cfg.objective, name) for name in OF_MASS)
     data = dataclasses.replace(cfg.data, mass=cfg.data.mass and needed)
-    first = batches(corpus, data, cfg.sampling, process=process, epochs=1)
+    options: dict[str, Any] = {"process": process, "lookback": cfg.indexer.lookback}
+    first = batches(corpus, data, cfg.sampling, **options)
     total, epochs = total_steps(cfg, first.steps_per_epoch)
     if epochs == 1:
         return first, total
     first.close()
-    return batches(corpus, data, cfg.sampling, process=process, epochs=epochs), total
+    return batches(corpus, data, cfg.sampling, epochs=epochs, **options), total

@@ -28,7 +28,7 @@ from train.run.optimizer import OptimizerConfig, Params, TrainState
 class Inputs(NamedTuple):
     """What a step is computed from, beside the pool of keys."""
 
-    hidden: Any  # [L, B, D]
+    hidden: Any  # [L, B, W, D]
     drawn: Drawn
 
 
@@ -137,6 +137,10 @@ class StepConfig:
         if self.log_n_reference:
             if self.log_n_reference < 2:
                 raise refusal("run.log_n_reference", self.log_n_reference, "0 or >= 2")
+            if self.indexer.lookback > 1:  # tokens' shares would weigh otherwise than when served
+                raise refusal(
+                    "indexer.lookback", self.indexer.lookback, "1 with run.log_n_reference"
+                )
             if kind == "mean":  # of probabilities: scaled logits would change its order
                 wanted = "max or learned with run.log_n_reference"
                 raise refusal("indexer.ensemble", kind, wanted)
@@ -228,7 +232,7 @@ def loss_of_part(
     """The share of the batch's loss, and of its terms, that one part of the samples makes up."""
     drawn = inputs.drawn
     keys, scale = gather(planes, drawn.sample[:, 0], drawn.index)
-    logits = indexer_logits(cfg.indexer, leaves, inputs.hidden, drawn.positions, keys, scale)
+    logits = indexer_logits(cfg.indexer, leaves, inputs.hidden, drawn, keys, scale)
     if cfg.log_n_reference:
         logits *= log_length_scale(drawn.entries, cfg.log_n_reference)[:, None]
     weight = leaves.get(ENSEMBLE_LEAF)
