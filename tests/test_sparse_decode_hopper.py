@@ -58,6 +58,19 @@ def test_shares_are_all_keys_once_and_fit_the_list(recent: int, splits: int) -> 
     assert max(chunks) <= mosaic_gpu_copies.most_chunks(128, picks, splits)
 
 
+@pytest.mark.parametrize(
+    ("batch", "picks", "fp8", "splits"),
+    [
+        *((1, 512, True, 8), (32, 512, True, 4), (64, 512, False, 2), (128, 512, True, 1)),
+        *((128, 1024, True, 4), (128, 1024, False, 1), (512, 512, True, 1)),
+    ],
+)
+def test_clusters_fill_a_gpu_once_and_lists_fit(
+    batch: int, picks: int, fp8: bool, splits: int
+) -> None:
+    assert mosaic_gpu.default_tuning(batch, 64, 128, picks, fp8).splits == splits
+
+
 def unswizzled(memory: np.ndarray) -> np.ndarray:
     """Rows [64, 512] of the tile [2, 64, 256] at the beginning of memory."""
     atoms = memory[: 2 * ptx.HALF].view(BF16).reshape(2, 8, 4, 8, 8, 8)  # half, rows, atoms, row
@@ -159,12 +172,18 @@ def test_a_cluster_combines_what_its_blocks_have(splits: int) -> None:
         ({"q": jnp.zeros((2, 32, 512), jnp.bfloat16)}, "heads by 64 of 512 dims, got 32"),
         ({"rows": jnp.zeros((4, 8, 512))}, "bfloat16 or fp8"),
         ({"tuning": mosaic_gpu.Tuning(splits=3)}, "clusters of 1, 2, 4 or 8 blocks, got 3"),
+        ({"index": jnp.zeros((2, 65536), jnp.int32)}, "shorter lists of picks, got 130 chunks"),
     ],
 )
 def test_what_the_kernel_declines(change: dict[str, Any], why: str) -> None:
     call: dict[str, Any] = {"q": jnp.zeros((2, 64, 512), jnp.bfloat16)}
     call |= {"rows": jnp.zeros((4, 8, 512), jnp.bfloat16), "index": jnp.zeros((2, 8), jnp.int32)}
-    call |= {"window": jnp.zeros((2, 128, 512)), "window_count": None, "valid": None, "sink": None}
+    call |= {
+        "window": jnp.zeros((2, 128, 512), jnp.bfloat16),
+        "window_count": None,
+        "valid": None,
+        "sink": None,
+    }
     options = {"scale": 1.0, "group": 64, "own": False}
     with pytest.raises(dispatch.Unsupported, match=why):
         mosaic_gpu.sparse_decode(**(call | change), **options)

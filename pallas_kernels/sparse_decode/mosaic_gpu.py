@@ -28,6 +28,7 @@ from pallas_kernels.sparse_decode import mosaic_gpu_copies as copies
 from pallas_kernels.sparse_decode import mosaic_gpu_ptx as ptx
 
 DIMS = 512
+STAGES = 2  # chunks in shared memory: there is no room for more
 CLUSTER = 8  # blocks of a cluster at most
 HIDDEN = -1e38  # score of no key: far below `NO_SCORE`, so that its weight is zero in any company
 
@@ -38,7 +39,6 @@ class Tuning:
 
     splits: int  # blocks that share one row's keys
     cluster: bool = True  # which combines them; else a second kernel does
-    stages: int = 2  # chunks in shared memory
     copier: int = 56  # registers of a thread that copies; the others share the rest
     parts: Any = jnp.bfloat16  # dtype of the sums between two kernels, or float32
 
@@ -55,13 +55,17 @@ class Call:
     interpret: bool
 
 
-def default_tuning(batch: int, heads: int) -> Tuning:
-    """Clusters that fill the device once."""
-    splits = soft.default_splits(batch, heads, CLUSTER)
-    return Tuning(splits=1 << (splits.bit_length() - 1))
+def default_tuning(batch: int, heads: int, slots: int, picks: int, fp8: bool) -> Tuning:
+    """Clusters that fill the device once, and of more blocks where a block's list is too long."""
+    splits = 1 << (soft.default_splits(batch, heads, CLUSTER).bit_length() - 1)
+    while splits < CLUSTER:
+        if copies.fits(copies.most_chunks(slots, picks, splits), splits, fp8):
+            break
+        splits *= 2
+    return Tuning(splits=splits)
 
 
-def _require(q: Array, rows: Rows, index: Array, group: int, tuning: Tuning) -> None:
+def _require(q: Array, rows: Rows, slots: int, index: Array, group: int) -> None:
     heads, dims = q.shape[1:]
     if q.dtype != jnp.bfloat16 or not (isinstance(rows, Fp8Rows) or rows.dtype == jnp.bfloat16):
         raise Unsupported("q must be bfloat16, rows bfloat16 or fp8")
@@ -69,10 +73,15 @@ def _require(q: Array, rows: Rows, index: Array, group: int, tuning: Tuning) -> 
         raise Unsupported(f"needs heads by {soft.HEADS} of {DIMS} dims, got {heads}, {dims}")
     if isinstance(rows, Fp8Rows) and (rows.rope.shape[-1], group) != (copies.ROPE, copies.GROUP):
         raise Unsupported(f"needs 64 rotary dims, groups of 64; got {rows.rope.shape[-1]}, {group}")
-    if not index.shape[1] or not jax.tree.leaves(rows)[0].size:
-        raise Unsupported("needs entries to pick from")
+    if not slots or not index.shape[1] or not jax.tree.leaves(rows)[0].size:
+        raise Unsupported("needs window slots and entries to pick from")
+
+
+def _require_fit(tuning: Tuning, chunks: int, fp8: bool) -> None:
     if tuning.cluster and tuning.splits not in (1, 2, 4, CLUSTER):
         raise Unsupported(f"needs clusters of 1, 2, 4 or {CLUSTER} blocks, got {tuning.splits}")
+    if not copies.fits(chunks, tuning.splits, fp8):
+        raise Unsupported(f"needs shorter lists of picks, got {chunks} chunks of 64 to a block")
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "group", "own", "tuning", "interpret"))
@@ -93,14 +102,16 @@ def sparse_decode(
 ) -> Float[Array, "B H c"]:
     """See the package's `sparse_decode`. Jitted, so that all layers lower one kernel once."""
     (batch, heads, dims), tiles = q.shape, q.shape[1] // soft.HEADS
-    tuning = tuning or default_tuning(batch, heads)
-    _require(q, rows, index, group, tuning)
+    _require(q, rows, window.shape[1], index, group)
+    sizes = (window.shape[1], index.shape[1])
+    tuning = tuning or default_tuning(batch, heads, *sizes, isinstance(rows, Fp8Rows))
+    chunks = copies.most_chunks(*sizes, tuning.splits)
+    _require_fit(tuning, chunks, isinstance(rows, Fp8Rows))
     planes = tuple(rows) if isinstance(rows, Fp8Rows) else (rows,)
     planes = tuple(x.reshape(-1, math.prod(x.shape[2:])) for x in planes)
     fused = tuning.cluster and tuning.splits > 1 and not interpret  # nothing interprets clusters
     per_row = soft.lead(rows)[1] if own else 0
     call = Call(scale, tiles, per_row, fused, tuning, interpret)
-    chunks = copies.most_chunks(window.shape[1], index.shape[1], tuning.splits)
     kernel = _kernel(call, batch, chunks, len(planes))
     # A tile of heads is a row of its own.
     tiled, logits = q.reshape(-1, soft.HEADS, dims), sink.reshape(tiles, soft.HEADS)
@@ -115,7 +126,7 @@ def sparse_decode(
 
 def _kernel(call: Call, batch: int, chunks: int, planes: int) -> Any:
     """The kernel; its results are the output, or parts and their tops and totals."""
-    splits, stages, programs = call.tuning.splits, call.tuning.stages, batch * call.tiles
+    splits, programs = call.tuning.splits, batch * call.tiles
     parts = 1 if call.fused else splits
     dtype = call.tuning.parts if parts > 1 else jnp.bfloat16
     split = {"cluster": (splits,), "cluster_names": ("split",)} if call.fused else {}
@@ -132,8 +143,8 @@ def _kernel(call: Call, batch: int, chunks: int, planes: int) -> Any:
         thread_name="warpgroup",
         scratch_types=[
             steps.tile((HALVES, soft.HEADS, DIMS // HALVES)),
-            steps.tile((stages, HALVES, CHUNK, DIMS // HALVES)),
-            *copies.scratch(chunks, stages, planes > 1, call.interpret),
+            steps.tile((STAGES, HALVES, CHUNK, DIMS // HALVES)),
+            *copies.scratch(chunks, STAGES, planes > 1, call.interpret),
             plgpu.Barrier(num_arrivals=HALVES),
             plgpu.Barrier(num_arrivals=HALVES),
             *([plgpu.SMEM((2, soft.HEADS), jnp.float32)] if splits > 1 else []),
@@ -155,14 +166,14 @@ def _body(*refs: Any, call: Call, planes: int) -> None:
     stats_s = maybe[0] if maybe else None
     tuning, program = call.tuning, jax.lax.axis_index("row")
     row, tile = jax.lax.div(program, call.tiles), jax.lax.rem(program, call.tiles)
+    copier = copies.Copier(
+        window, entries, keys_s, raw_s, listed, interpreted, used, call.interpret
+    )
+    copier.begin(index, valid, row)
     slots = window.shape[0] // index.shape[0]
     recent = jnp.minimum(window_count[row], slots)
     split, worker = jax.lax.axis_index("split"), jax.lax.axis_index("warpgroup")
     mine = copies.share(recent, index.shape[1], split, tuning.splits)
-    copier = copies.Copier(
-        window, entries, keys_s, raw_s, listed, interpreted, used, call.interpret
-    )
-    copier.begin()
 
     @pl.when(worker == HALVES)
     def _copies() -> None:

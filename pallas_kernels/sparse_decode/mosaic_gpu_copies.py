@@ -57,6 +57,12 @@ def most_chunks(slots: int, picks: int, splits: int) -> int:
     return -(-(slots + picks) // splits - 2) // CHUNK + 2
 
 
+def fits(chunks: int, splits: int, fp8: bool) -> bool:
+    """Whether shared memory has room for a share's list: 31 KiB are left, 3 next to codes, of
+    which parts' statistics take 1."""
+    return -(-(chunks + 1) * CHUNK * 4 // 1024) + (splits > 1) <= (3 if fp8 else 31)
+
+
 def scratch(chunks: int, stages: int, fp8: bool, interpret: bool) -> list[Any]:
     """What follows `keys` in a `Copier`. The list has one more row, whose words are the barriers
     of chunks that are there: Pallas lets no text use its own."""
@@ -89,10 +95,11 @@ class Copier:
     def _ready(self, stage: Array) -> Any:
         return self.listed.at[self.chunks, pl.ds(pl.multiple_of(2 * stage, 2), 2)]
 
-    def begin(self) -> None:
+    def begin(self, index: Any, valid: Any, row: Array) -> None:
         """Makes the barriers; all threads of the block."""
         if not self.interpret:
-            ptx.run(ptx.begins(self.keys.shape[0]), (self.listed.at[self.chunks],))
+            text = ptx.begins(self.keys.shape[0], index.shape[1])
+            ptx.run(text, (self.listed.at[self.chunks], index, valid), (row,))
 
     def arrived(self, n: Array) -> Array:
         """Chunk n's place, once it is there."""
@@ -120,7 +127,7 @@ class Copier:
         at = jnp.where(there, pick + mine.pick, 0)
         there &= valid[row][at]
         numbers = jnp.where(there, index[row][at] + first, -1)
-        numbers = jnp.where(key < jnp.minimum(mine.slots, window_keys), slot + key, numbers)
+        numbers = jnp.where(key < mine.slots, slot + key, numbers)
         self.listed[: self.chunks] = numbers.astype(jnp.int32).reshape(-1, CHUNK)
 
     def _free(self, n: Array) -> Array:

@@ -18,11 +18,11 @@ from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels.dense_decode import mosaic_gpu_steps as steps
 
-KEYS, WARPGROUP = 64, 128
+WARPGROUP = 128
 HALF = 32768  # bytes of half of the dims of a chunk, or of 64 heads
+LINE = 128  # bytes that memory gives at once
 ARRIVALS = 2 * WARPGROUP  # at a chunk's barrier: every thread of the warpgroup that copies, twice
 PAIRS = 8  # of a warp's rows
-CODES = 29  # pieces of an fp8 row: 28 of codes, 1 of scales
 FIRST, SECOND = 512, 26 * 16  # bytes of a pair of rows: dims 0 to 255 of both, then the others
 SECONDS = 4 * PAIRS * FIRST  # where those others begin
 RAW = SECONDS + 4 * PAIRS * SECOND  # bytes of a chunk's codes and scales
@@ -45,7 +45,7 @@ mad.wide.u32 at, {number}, {size}, from;
 _DECODED = f"""
 cp.async.commit_group;
 cp.async.wait_group 1;
-fence.proxy.async;
+fence.proxy.async.shared::cta;
 mbarrier.arrive.shared.b64 _, [$4], {ARRIVALS // WARPGROUP};
 """
 _ARRIVE = """
@@ -55,8 +55,8 @@ mbarrier.arrive.shared.b64 _, [{barrier}];
 
 
 def posted(count: int) -> str:
-    """Writes `count` numbers of rows, -1 for none, to $0: $5 slots from $4 on, then from the $3rd
-    on the $7 picks from $6 on in the lists $1 and $2, which begin at row $8."""
+    """Writes `count` numbers of rows, -1 for none, to $0: those of $5 slots, from $4 on, then from
+    place $3 on the indices in $1, plus $8, that $2 calls valid, of $7 picks from the $6th on."""
     rounds = -(-count // WARPGROUP)
     regs = ".reg .b32 t, e<{0}>, i<{0}>, v<{0}>, to;\n.reg .b64 a, b;\n.reg .pred p<{0}>, w, o;\n"
     out = regs.format(rounds)
@@ -242,15 +242,21 @@ def waits() -> str:
 again:
 mbarrier.try_wait.parity.shared.b64 done, [$0], $1;
 @!done bra again;
-fence.proxy.async;
+fence.proxy.async.shared::cta;
 """
 
 
-def begins(count: int) -> str:
-    """Makes the barriers $0, by all threads of the block."""
-    out = ".reg .b32 t;\n.reg .pred first;\nmov.u32 t, %tid.x;\nsetp.eq.u32 first, t, 0;\n"
+def begins(count: int, picks: int) -> str:
+    """Makes the barriers $0, by all threads of the block, and brings row $3 of the lists $1 and $2
+    nearer: which part of it is needed takes another fetch to know."""
+    out = ".reg .b32 t;\n.reg .b64 a;\n.reg .pred first, p;\nmov.u32 t, %tid.x;\n"
+    out += "setp.eq.u32 first, t, 0;\n"
     for i in range(count):
         out += f"@first mbarrier.init.shared.b64 [$0+{8 * i}], {ARRIVALS};\n"
+    for operand, size in ((1, 4), (2, 1)):
+        out += f"setp.lt.u32 p, t, {-(-picks * size // LINE)};\n"
+        out += f"mad.wide.s32 a, $3, {picks * size}, ${operand};\nmad.wide.u32 a, t, {LINE}, a;\n"
+        out += "@p prefetch.global.L2 [a];\n"
     return out + "bar.sync 0;\n"
 
 
