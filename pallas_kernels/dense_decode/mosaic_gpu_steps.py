@@ -55,20 +55,24 @@ def share(recent: Array, seen: Array, split: Array, splits: int) -> Share:
     return Share(recent, seen, recent_chunks, first, jnp.minimum(first + each, chunks))
 
 
-def tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, dims: int = 64) -> Any:
-    """Shared memory for matrices whose rows are tiles of `dims`, swizzled; for bfloat16 and 64, in
+def transforms(dtype: Any = jnp.bfloat16, dims: int = 64) -> tuple[Any, ...]:
+    """Of shared memory for matrices whose rows are tiles of `dims`, swizzled; for bfloat16 and 64,
     the layout that wgmma reads."""
     tiling: Any = plgpu.TilingTransform
     swizzle: Any = plgpu.SwizzleTransform
-    transforms = (tiling((8, dims)), swizzle(dims * jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return (tiling((8, dims)), swizzle(dims * jnp.dtype(dtype).itemsize))
+
+
+def tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, dims: int = 64) -> Any:
+    """Shared memory with those `transforms`."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms(dtype, dims))
 
 
 def _dot(a: Array, b: Array) -> Array:
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
-def _product(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Array:
+def product(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Array:
     """sum_i a[i] b[i]^T for shared-memory tiles, in float32."""
     if interpret:  # E3: accumulators beyond one scope have no interpretation
         pairs = [_dot(a[i], b[i].T) for i in range(HALVES)]
@@ -101,7 +105,7 @@ def by_head(x: Array, like: tuple[int, ...]) -> Array:
 
 def scores(q: Any, keys: Any, limit: Array, scale: float, interpret: bool) -> Array:
     """Scores [H, CHUNK] in base 2 of tiles [2, H, c / 2] and [2, CHUNK, c / 2]."""
-    dots = _product(q, keys, (q.shape[1], CHUNK), interpret)
+    dots = product(q, keys, (q.shape[1], CHUNK), interpret)
     key = plgpu.broadcasted_iota(jnp.int32, dots.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where(key < limit, dots * (scale * LOG2E), soft.NO_SCORE)
 
@@ -137,7 +141,8 @@ def store(
     state: tuple[Array, Array, Array], sink: Any, out: Any, stats: Any, q_s: Any, stats_s: Any,
     both: Any, whole: bool,
 ) -> None:  # fmt: skip
-    """Writes this warpgroup's half [H, c / 2] of `out`, with the sink joined where `whole`."""
+    """Writes this warpgroup's half [H, c / 2] of `out`: with the sink joined where `whole`, else
+    top and total go to `stats`."""
     (top, total, sums), worker, half = state, jax.lax.axis_index("warpgroup"), q_s.shape[2]
     if whole:
         reduced = plgpu.Layout.WGMMA.reduce(1)
@@ -153,13 +158,15 @@ def store(
     else:
         q_s[worker] = sums.astype(out.dtype)
 
-    @pl.when(worker == 0)
-    def _() -> None:
+    def keep() -> None:
         stats_s[0] = top
         stats_s[1] = total
 
+    if not whole:
+        pl.when(worker == 0)(keep)
     plgpu.commit_smem()
     if out.dtype != jnp.float32:
         plgpu.copy_smem_to_gmem(q_s.at[worker], mine)
-    pl.when(worker == 0)(lambda: plgpu.copy_smem_to_gmem(stats_s, stats))
+    if not whole:
+        pl.when(worker == 0)(lambda: plgpu.copy_smem_to_gmem(stats_s, stats))
     plgpu.wait_smem_to_gmem(0)

@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import dispatch, split_softmax
 from pallas_kernels.rows import Rows
-from pallas_kernels.sparse_decode import mosaic_tpu, reference, triton_gpu
+from pallas_kernels.sparse_decode import mosaic_gpu, mosaic_tpu, reference, triton_gpu
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     dispatch.XLA: reference.sparse_decode,
+    dispatch.MOSAIC_GPU: mosaic_gpu.sparse_decode,
     dispatch.TRITON: triton_gpu.sparse_decode,
     dispatch.MOSAIC_TPU: mosaic_tpu.sparse_decode,
 }
