@@ -1,6 +1,11 @@
 """Quantised products: the definition against the model's dequantisation and a plain sum, the TPU
-kernel against the definition. The Triton kernel needs a GPU; how it splits sums is checked here."""
+kernel against the definition. The Triton kernel runs in its interpreter where triton is installed.
+"""
 
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -115,6 +120,26 @@ def test_split_sums_are_whole_steps_and_fill_the_device(programs: int, steps: in
     fuller = [s for s in (2, 4, 8, 16) if s > splits and steps % s == 0 and steps // s >= 2]
     assert splits * programs >= triton_gpu.PROGRAMS or not fuller
     assert splits == 1 or splits // 2 * programs < triton_gpu.PROGRAMS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+def test_triton_kernels_equal_the_definition_when_interpreted() -> None:
+    script = Path(__file__).with_name("triton_interpreted.py")
+    ran = subprocess.run([sys.executable, script, "quant_matmul"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+
+
+@pytest.mark.parametrize("k, fp4", [(4096, True), (384, True), (1024, False)])
+@pytest.mark.parametrize("rows", [1, 6, 192, 1536, 4096])
+def test_sizes_divide_the_sums_and_are_powers_of_two(rows: int, k: int, fp4: bool) -> None:
+    stored = "uint8" if fp4 else "float8_e4m3fn"
+    w: Any = jax.ShapeDtypeStruct((256, 2048, k // 2 if fp4 else k), stored)
+    for experts, least in ((True, rows), (False, min(rows, 256))):
+        sizes = triton_gpu.tuned(least, w, k, experts)
+        assert k % sizes.block_k == 0 and 128 % sizes.block_n == 0
+        assert all(s == triton_gpu.power(s) for s in (sizes.block_m, sizes.block_n, sizes.block_k))
 
 
 def test_arguments_that_do_not_fit_are_named() -> None:

@@ -54,10 +54,63 @@ def triton_call(
     return results if isinstance(out_shape, list | tuple) else results[0]
 
 
+def inline_asm(asm: str, words: np.ndarray) -> np.ndarray:
+    """Assembly of one operand and one result, on uint32: and, or, shr, mul."""
+    operations = {
+        "and.b32": np.bitwise_and,
+        "or.b32": np.bitwise_or,
+        "shr.u32": np.right_shift,
+        "mul.lo.u32": np.multiply,
+    }
+    values: dict[str, Any] = {"$1": words}
+    for line in filter(None, map(str.strip, asm.strip(" {}").split(";"))):
+        operation, to, *names = line.replace(",", " ").split()
+        if operation != ".reg":
+            a, b = (values[n] if n in values else np.uint32(int(n, 0)) for n in names)
+            values[to] = operations[operation](a, b)
+    return values["$0"]
+
+
+def complete(interpreter: Any) -> None:
+    """What Triton's interpreter lacks: assembly, and arithmetic of bfloat16, which it takes for the
+    integers that hold it."""
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    multiply, dot = builder.create_fmul, builder.create_dot
+
+    def numbers(x: Any) -> np.ndarray:
+        return x.data.view(jax.numpy.bfloat16).astype(np.float32)
+
+    def create_inline_asm(
+        _: Any, asm: str, constraints: str, operands: Any, kinds: Any, pure: bool, pack: int
+    ) -> Any:
+        (operand,), (result,) = operands, kinds
+        assert constraints == "=r,r" and pure and operand.data.itemsize * pack == 4
+        words = np.ascontiguousarray(operand.data).view(np.uint32)
+        out = handle(inline_asm(asm, words).view(np.uint16), result.scalar)
+        return types.SimpleNamespace(get_result=lambda _: out)
+
+    def create_fmul(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return multiply(self, a, b)
+        product = (numbers(a) * numbers(b)).astype(jax.numpy.bfloat16)
+        return handle(product.view(np.uint16), tl.bfloat16)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (handle(numbers(x), tl.float32) for x in (a, b))
+        return dot(self, a, b, d, *rest)
+
+    builder.create_inline_asm = create_inline_asm
+    builder.create_fmul, builder.create_dot = create_fmul, create_dot
+
+
 def install() -> None:
     """Lets this process run Triton kernels on NumPy arrays."""
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter  # pyright: ignore[reportMissingImports]
 
+    complete(interpreter)
     module: Any = types.ModuleType("jax_triton")
     module.triton_call = triton_call
     sys.modules["jax_triton"] = module
@@ -70,6 +123,7 @@ def failures(op: str) -> list[str]:
     from pallas_kernels import casebook, dispatch
 
     dispatch.refusal = lambda backend, at=None: None
+    dispatch.target = lambda: dispatch.Target("gpu", "NVIDIA H100", 9.0)
     found = []
     for case in casebook.correctness(op):
         if dispatch.TRITON in case.declined:

@@ -111,7 +111,7 @@ def _body(
     """All refs but the last seven are in global memory; `keys_s` is [stages, 2, 64, c / 2]."""
     row, split = jax.lax.axis_index("row"), jax.lax.axis_index("split")
     worker = jax.lax.axis_index("warpgroup")
-    heads, half = q_s.shape[1:]
+    half = q_s.shape[2]
     recent = jnp.minimum(window_count[row], window.shape[1])
     mine = steps.share(recent, jnp.minimum(count[row], rows.shape[1]), split, splits)
     columns = [pl.ds(i * half, half) for i in range(HALVES)]
@@ -146,23 +146,6 @@ def _body(
         if not interpret:
             plgpu.set_max_registers(232, action="increase")
         plgpu.barrier_wait(q_ready)
-
-        def chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            top, total, sums = carry
-            stage, limit = jax.lax.rem(i - mine.first, stages), mine.limit(i)
-            plgpu.barrier_wait(ready.at[stage])
-            scores = steps.scores(q_s, keys_s.at[stage], limit, scale, interpret)
-            weights, fade, top, total = steps.fold(scores, top, total)
-            keys = keys_s.at[stage, worker]
-            # What lies beyond the count may be NaN, which a weight of zero does not cancel. Scores
-            # read it too, in the other warpgroup as well, but only those that are not used.
-            pl.when(limit < CHUNK)(lambda: steps.clear(keys, limit))
-            sums = sums * steps.by_head(fade, sums.shape)
-            sums = steps.add_product(sums, weights, keys, interpret)
-            plgpu.barrier_arrive(used.at[stage])
-            return top, total, sums
-
-        start = steps.nothing(heads, half)
-        state = jax.lax.fori_loop(mine.first, mine.last, chunk, start)
+        state = steps.attend(mine, q_s, keys_s, ready, used, scale, interpret)
         places = out.at[row, split], stats.at[row, split]
         steps.store(state, sink, *places, q_s, stats_s, both, splits == 1)

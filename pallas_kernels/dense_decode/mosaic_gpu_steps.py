@@ -127,6 +127,32 @@ def nothing(heads: int, half: int) -> tuple[Array, Array, Array]:
     return top, total, sums
 
 
+def attend(
+    mine: Share, q_s: Any, keys_s: Any, ready: Any, used: Any, scale: float, interpret: bool
+) -> tuple[Array, Array, Array]:
+    """Top, total and sums of a warpgroup over a share's chunks, which come in `keys_s`
+    [stages, 2, CHUNK, c / 2] as `ready` says; `used` gives them back."""
+    stages, (heads, half) = keys_s.shape[0], q_s.shape[1:]
+    worker = jax.lax.axis_index("warpgroup")
+
+    def chunk(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, sums = carry
+        stage, limit = jax.lax.rem(i - mine.first, stages), mine.limit(i)
+        plgpu.barrier_wait(ready.at[stage])
+        found = scores(q_s, keys_s.at[stage], limit, scale, interpret)
+        weights, fade, top, total = fold(found, top, total)
+        keys = keys_s.at[stage, worker]
+        # What lies beyond the count may be NaN, which a weight of zero does not cancel. Scores read
+        # it too, in the other warpgroup as well, but only those that are not used.
+        pl.when(limit < CHUNK)(lambda: clear(keys, limit))
+        sums = sums * by_head(fade, sums.shape)
+        sums = add_product(sums, weights, keys, interpret)
+        plgpu.barrier_arrive(used.at[stage])
+        return top, total, sums
+
+    return jax.lax.fori_loop(mine.first, mine.last, chunk, nothing(heads, half))
+
+
 def clear(keys: Any, limit: Array) -> None:
     """Zeroes the keys from `limit` on, few dims at a time to save registers."""
     for start in range(0, keys.shape[1], 64):

@@ -124,6 +124,9 @@ CASES = (
     experts(tokens=9, top=3, **_SMALL).named("few rows an expert"),
     experts(tokens=60, top=2, wrong=True, **_SMALL).named("experts that do not exist"),
     experts(tokens=50, top=2, own=True, fp4=False, **_SMALL).named("more rows than a tile"),
+    plain(rows=9, n=96, k=384, fp4=True).named("ragged N"),
+    experts(tokens=40, top=2, n=96, k=256, groups=3).named("more pairs than a tile"),
+    experts(tokens=64, top=2, n=128, k=256, groups=16).named("many programs"),
 )
 BENCH = (
     experts(tokens=32, n=INTERMEDIATE, k=HIDDEN).named("up", aot=True),

@@ -3,24 +3,25 @@
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from pallas_kernels.quant_matmul.triton_fp4 import fp4_product
+
 
 @triton.jit
-def members(experts, me, expert, pairs: tl.constexpr, padded: tl.constexpr, rows: tl.constexpr):
+def members(experts, me, expert, pairs: tl.constexpr, part: tl.constexpr, rows: tl.constexpr):
     """Which pairs this program multiplies: [rows] of them, -1 where there are fewer.
 
     Pair `me` speaks for the first `rows` pairs of its expert from itself on, where its rank among
     them is a multiple of `rows`; otherwise another pair does, and there are none.
     """
-    part: tl.constexpr = 64
     rank = 0
-    for i in range(0, padded, part):
+    for i in range(0, pairs, part):
         at = i + tl.arange(0, part)
         other = tl.load(experts + at, mask=at < pairs, other=-1)
         rank += tl.sum(((other == expert) & (at < me)).to(tl.int32), 0)
     found = tl.full((rows,), -1, tl.int32)
     if rank % rows == 0:
         wanted, before = rank + tl.arange(0, rows), 0
-        for i in range(0, padded, part):
+        for i in range(0, pairs, part):
             at = i + tl.arange(0, part)
             other = tl.load(experts + at, mask=at < pairs, other=-1)
             same = ((other == expert) & (at < pairs)).to(tl.int32)
@@ -29,38 +30,6 @@ def members(experts, me, expert, pairs: tl.constexpr, padded: tl.constexpr, rows
             found = tl.maximum(found, tl.max(tl.where(hit, at[:, None], -1), 0))
             before += tl.sum(same, 0)
     return found
-
-
-@triton.jit
-def fp4_product(
-    x,  # bfloat16 [rows, k]
-    w,  # uint8 [n, k / 2], of one expert
-    scale,  # uint8 [n, k / 32]
-    row,  # int64 [block_m]
-    live,
-    column,  # int32 [block_n]
-    first_k,
-    n: tl.constexpr,
-    k: tl.constexpr,
-    block_m: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    steps: tl.constexpr,
-):
-    """Sums [block_n, block_m] over steps * block_k inputs."""
-    acc = tl.zeros((block_n, block_m), tl.float32)
-    there, line = (column < n)[:, None], column[:, None]
-    within, byte = tl.arange(0, block_k), tl.arange(0, block_k // 2)
-    group = tl.arange(0, block_k // 32)
-    for i in range(steps):
-        at = first_k + i * block_k
-        xs = tl.load(x + row[None, :] * k + (at + within)[:, None], mask=live[None, :], other=0.0)
-        codes = tl.load(w + line * (k // 2) + (at // 2 + byte)[None, :], mask=there, other=0)
-        power = tl.load(
-            scale + line * (k // 32) + (at // 32 + group)[None, :], mask=there, other=127
-        )
-        acc = tl.dot_scaled(codes, power, "e2m1", xs, None, "bf16", acc)
-    return acc
 
 
 @triton.jit
@@ -100,7 +69,7 @@ def fp8_product(
 
 @triton.jit
 def quant_matmul(
-    x,  # bfloat16 [R, k]
+    x,  # bfloat16 [R, k]; where `apart`, every fourth input together, [4, R, k / 4]
     experts,  # int32 [pairs]; not read for a plain product
     w,  # [G, n, k] as stored
     scale,
@@ -108,10 +77,11 @@ def quant_matmul(
     n: tl.constexpr,
     k: tl.constexpr,
     pairs: tl.constexpr,
-    padded: tl.constexpr,
+    part: tl.constexpr,
     share: tl.constexpr,
     groups: tl.constexpr,
     fp4: tl.constexpr,
+    apart: tl.constexpr,
     ragged: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -124,7 +94,7 @@ def quant_matmul(
     expert = 0
     if ragged:
         expert = tl.load(experts + pid)
-        pair = members(experts, pid, expert, pairs, padded, block_m)
+        pair = members(experts, pid, expert, pairs, part, block_m)
     else:
         pair = pid * block_m + tl.arange(0, block_m)
         pair = tl.where(pair < pairs, pair, -1)
@@ -137,9 +107,11 @@ def quant_matmul(
         if fp4:
             w += of * n * (k // 2)
             scale += of * n * (k // 32)
+            rows: tl.constexpr = pairs // share
             acc = fp4_product(
-                x, w, scale, row, live, column, first, n, k, block_m, block_n, block_k, steps
-            )
+                x, w, scale, row, live, column, first, rows, apart, n, k, block_m, block_n, block_k,
+                steps,
+            )  # fmt: skip
         else:
             w += of * n * k
             scale += of * ((n + 127) // 128) * ((k + 127) // 128)
