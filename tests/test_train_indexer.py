@@ -23,6 +23,7 @@ from tests import train_runs
 from tests.train_runs import config, train
 from tests.train_traces import planted_traces
 from train import tables
+from train.data.batch import Drawn
 from train.data.corpus import Corpus
 from train.quality.evaluation import evaluate_traces
 from train.quality.metrics import MetricsConfig, add_tallies
@@ -148,7 +149,15 @@ def test_a_run_from_the_native_indexers_begins_with_their_logits(of_tiny, monkey
     positions = np.array([3, 100, 900], np.int32)
     planes = [codec.DensePlanes(jnp.asarray(k)) for k in keys]
     want = jax.jit(lambda m: MemoryIndexer(own, m)(hidden, positions, planes))(source.leaves())
-    got = jax.jit(lambda p: forward.indexer_logits(cfg, p, hidden, positions, keys, None))(leaves)
+    drawn = Drawn(
+        np.stack([positions * 0, positions * 0, positions, positions], axis=1),
+        np.ones((3, 1, 3), np.float32),
+        np.tile(np.arange(20, dtype=np.int32), (3, 1)),
+        np.zeros((3, 20), np.uint8),
+        np.zeros((3, 0), np.float32),
+    )
+    of = jnp.asarray(hidden[:, :, None]), drawn, jnp.asarray(keys), None
+    got = jax.jit(lambda p: forward.indexer_logits(cfg, p, *of))(leaves)
     rms = np.sqrt(np.mean(np.asarray(want) ** 2))
     # Float32 sums of the same terms, and zeros, in other orders.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * rms)
