@@ -76,7 +76,6 @@ class SharedPrograms(Programs):
         return super()._run(name, *args)
 
 
-@functools.cache
 def _plan(path: ResidentPath, kv: KVFormat, lookahead: int) -> Level2:
     return Level2(CONFIG, cache(kv), targets=TARGETS, lookahead=lookahead, path=path)
 

@@ -26,7 +26,6 @@ WIDE = MemoryIndexer(
 )
 
 
-@functools.cache
 def plan(lookback: int) -> Level2:
     options = {"lookahead": 8, "path": "mask", "lookback": lookback}
     return Level2(CONFIG, cache(), targets=TARGETS, **options)
@@ -51,6 +50,18 @@ def decoded(state: LsaState, tokens: list[int], of: Level2) -> LsaState:
         args = (Table(everything, everything), jnp.asarray([token]), jnp.ones(1, bool))
         _, state = of.step(model(), state, jnp.zeros((1, 1, 128), jnp.uint8), *args)
     return state
+
+
+def test_shapes_that_are_equal_share_compiled_prefill(monkeypatch):
+    traced, tail = [], prefill._tail
+    monkeypatch.setattr(prefill, "_tail", lambda *args: traced.append(None) or tail(*args))
+    want = read([CHUNK, 4], lookback=3)  # of no other test
+    first = len(traced)
+    again = read([CHUNK, 4], lookback=3)
+    assert first and len(traced) == first
+    np.testing.assert_array_equal(again.hidden, want.hidden)
+    read([CHUNK], lookback=2)
+    assert len(traced) == 2 * first
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from infer import embedded, starter
+from lsa_jax.config_io import load_config
+from lsa_jax.lsa.targets import default_target_layers
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("01_generate", "02_train_indexer", "03_memory_vs_quality")
@@ -130,6 +132,7 @@ def test_starting_weights_are_the_embedded_ones_or_say_that_they_are_random(
     out = capsys.readouterr().out
     assert start.checkpoint.is_dir() and start.indexer.is_file()
     assert not start.trained and start.label == "random weights"
+    assert start.targets == ",".join(map(str, default_target_layers(load_config("tiny"))))
     assert "$ python -m lsa_jax.synthesize --config tiny" in out and "accuracy says nothing" in out
 
 

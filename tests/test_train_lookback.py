@@ -103,9 +103,9 @@ def test_a_candidate_that_stands_for_three_is_in_the_shares_three_times():
     cfg, rng = config("softmax"), np.random.default_rng(0)
     scores = jnp.asarray(rng.standard_normal((2, WIDTH, 4)), jnp.float32)
     counts = jnp.asarray([[False, False, True, True, True], [True] * 5])
-    some = forward.together(cfg, scores, counts, jnp.asarray([[1.0, 3, 1, 0]] * 2))
+    some = forward.together(cfg, scores, counts, jnp.log(jnp.asarray([[1.0, 3, 1, 0]] * 2)))
     thrice = jnp.asarray([0, 1, 1, 1, 2])
-    whole = forward.together(cfg, scores[..., thrice], counts, jnp.ones((2, 5)))
+    whole = forward.together(cfg, scores[..., thrice], counts, jnp.zeros((2, 5)))
     np.testing.assert_allclose(some[:, :3], whole[:, jnp.asarray([0, 1, 4])], atol=1e-6)
     shares = np.exp(np.asarray(scores)) / np.exp(np.asarray(scores)[..., thrice]).sum(-1)[..., None]
     want = [np.log(shares[b][np.asarray(counts)[b]].mean(0)) for b in range(2)]

@@ -236,6 +236,11 @@ def log_shares(
     exists = (jnp.arange(logits.shape[2]) < entries[:, None])[:, None]
     logits = jnp.where(exists, logits, -jnp.inf)
     total = jax.nn.logsumexp(logits, axis=2, keepdims=True)
-    share = jnp.where(exists & counts[..., None], logits - total, -jnp.inf)
+    return log_mean(jnp.where(exists, logits - total, -jnp.inf), counts)
+
+
+def log_mean(share: Float[Array, "B W N"], counts: Bool[Array, "B W"]) -> Float[Array, "B N"]:
+    """Logarithm of the mean over the tokens that count of what these are the logarithms of."""
+    share = jnp.where(counts[..., None], share, -jnp.inf)
     tokens = jnp.sum(counts, axis=1, keepdims=True).astype(jnp.float32)
     return jax.nn.logsumexp(share, axis=1) - jnp.log(tokens)

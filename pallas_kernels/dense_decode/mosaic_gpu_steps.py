@@ -184,12 +184,13 @@ def store(
     else:
         q_s[worker] = sums.astype(out.dtype)
 
-    def keep() -> None:
-        stats_s[0] = top
-        stats_s[1] = total
-
     if not whole:
-        pl.when(worker == 0)(keep)
+
+        @pl.when(worker == 0)
+        def _() -> None:
+            stats_s[0] = top
+            stats_s[1] = total
+
     plgpu.commit_smem()
     if out.dtype != jnp.float32:
         plgpu.copy_smem_to_gmem(q_s.at[worker], mine)

@@ -4,7 +4,7 @@ A block takes an even share of one row's keys, window and picks alike, in chunks
 warpgroup starts the copies, each row's 16-byte pieces straight to where the matrix instructions
 read them, two chunks ahead; fp8 rows it decodes on the way. The products are those of
 `dense_decode`. The blocks that share a row are a cluster: each combines some heads of all of them
-through shared memory, which takes less than a second kernel would.
+through shared memory, which spares a second kernel.
 """
 
 import dataclasses

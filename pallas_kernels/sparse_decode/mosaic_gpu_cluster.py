@@ -1,7 +1,7 @@
 """PTX by which a cluster's blocks combine what they have of a row, each some of its heads.
 
 As in `mosaic_gpu_ptx`; a block has averages over its keys, in bfloat16 as shared-memory tiles, and
-their softmax's tops (in base 2) and totals. Reading the others' takes less than a second kernel.
+their softmax's tops (in base 2) and totals.
 """
 
 _GIVEN = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"

@@ -43,7 +43,7 @@ class DataConfig:
     hidden states, and half as much for labels; all three should hold twice as many documents.
     Candidates are padded to one of `sizes` sizes: each is a compiled step. Samples are drawn by
     `workers` processes, each `prefetch` batches ahead, or with 0 by `threads` threads, `prefetch`
-    batches ahead (0: none) and at least one each; a run takes four more ahead, to the devices.
+    batches ahead (0: none) and at least one each; a run takes eight more ahead, to the devices.
     `max_offset` adds 0 .. max_offset to a sample's position, at random. `hard_negatives` is a file
     of `train.mine_hard`. Without `mass` targets have no attention mass, for objectives that do not
     need it.
@@ -310,7 +310,7 @@ def batches(
 
 def _check_consecutive(trace: Trace) -> None:
     steps = np.diff(trace.read("positions"))
-    if (steps != 1).any():
-        at, step = (int(x[steps != 1][0]) for x in (np.arange(len(steps)), steps))
-        wanted = "consecutive for indexer.lookback > 1"
-        raise TraceError(f"{trace.path}: positions must be {wanted}, got a step of {step} at {at}")
+    gaps = np.flatnonzero(steps != 1)
+    if len(gaps):
+        wanted, got = "consecutive for indexer.lookback > 1", f"a step of {steps[gaps[0]]}"
+        raise TraceError(f"{trace.path}: positions must be {wanted}, got {got} at {gaps[0]}")

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from lsa_jax import quant
 from lsa_jax.lsa.indexer_config import IndexerConfig, leaf_name
-from lsa_jax.lsa.memory_indexer import rope_frequencies
+from lsa_jax.lsa.memory_indexer import log_mean, rope_frequencies
 from lsa_jax.nn import rope
 from lsa_jax.nn.layers import precision, rms_normalise
 from train.data.batch import Drawn
+from train.run import losses
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,8 +101,7 @@ def indexer_logits(
     """
     back = jnp.arange(hidden.shape[2])[::-1]
     positions = drawn.positions[:, None] - back
-    targets = drawn.targets
-    stands_for = jnp.where(targets.valid, targets.stands_for.astype(jnp.float32), 0)
+    amounts = losses.log_counts(drawn.targets)
     # A row's own token counts always: rows without a sample (token -1) are to be finite too.
     counts = (drawn.sample[:, 1, None] >= back) | (back == 0)
 
@@ -110,7 +110,7 @@ def indexer_logits(
         logits = layer_logits(cfg, layer, *inputs)
         if len(back) == 1:  # a share's denominator is the loss's
             return logits[:, 0]
-        return together(cfg, logits, counts, stands_for)
+        return together(cfg, logits, counts, amounts)
 
     out = []
     for i, ordinal in enumerate(cfg.target_layers):
@@ -125,24 +125,17 @@ def together(
     cfg: IndexerConfig,
     logits: Float[Array, "B W C"],
     counts: Bool[Array, "B W"],
-    stands_for: Float[Array, "B C"],
+    amounts: Float[Array, "B C"],
 ) -> Float[Array, "B C"]:
     """What the tokens that count say together (`MemoryIndexer.recent`): the highest logit, or the
     logarithm of the mean of their shares.
 
-    Drawn candidates are in the shares as many times as they stand for, those of 0 not at all.
+    Drawn candidates are in the shares as many times as they stand for (`losses.log_counts`).
     """
     if cfg.score == "sigmoid":
         return jnp.max(jnp.where(counts[..., None], logits, -jnp.inf), axis=1)
-    some = jnp.log(jnp.maximum(stands_for, 1e-30))
-    some = jnp.where(stands_for > 0, some, -jnp.inf)
-    some = some.at[:, 0].max(
-        jnp.where(jnp.any(stands_for > 0, axis=1), -jnp.inf, 0)
-    )  # a sum of something, for a gradient
-    total = jax.nn.logsumexp(logits + some[:, None], axis=2, keepdims=True)
-    shares = jnp.where(counts[..., None], logits - total, -jnp.inf)
-    tokens = jnp.sum(counts, axis=1, keepdims=True).astype(jnp.float32)
-    return jax.nn.logsumexp(shares, axis=1) - jnp.log(tokens)
+    total = jax.nn.logsumexp(logits + amounts[:, None], axis=2, keepdims=True)
+    return log_mean(logits - total, counts)
 
 
 def log_length_scale(entries: Int[Array, " B"], reference: int) -> Float[Array, " B"]:

@@ -187,6 +187,17 @@ def mass_distillation(
     return _mean(_cross_entropy(z, -jnp.expm1(-rate * mass)), targets.valid)
 
 
+def log_counts(targets: Targets) -> Float[Array, "B C"]:
+    """Logarithm of how many candidates of the full pool each stands for, -inf where not valid.
+
+    To be added to logits in a softmax. Rows without a candidate have one 0: a sum of something,
+    for a gradient.
+    """
+    count = jnp.where(targets.valid, targets.stands_for.astype(jnp.float32), 0)
+    found = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1e-30)), -jnp.inf)
+    return found.at[:, 0].max(jnp.where(jnp.any(count > 0, axis=1), -jnp.inf, 0))
+
+
 def attention_share(logits: Float[Array, "L B C"], targets: Targets) -> Float[Array, " L"]:
     """Divergence of softmax(logits) from a sample's attention mass over the window, by mass.
 
@@ -200,12 +211,8 @@ def attention_share(logits: Float[Array, "L B C"], targets: Targets) -> Float[Ar
     mass = jnp.where(valid, targets.mass.astype(jnp.float32), 0)
     total = jnp.sum(count * mass, axis=1)
     share = mass / jnp.maximum(total, 1e-30)[:, None]
-    some = jnp.where(count > 0, jnp.log(jnp.maximum(count, 1e-30)), -jnp.inf)
-    some = some.at[:, 0].max(
-        jnp.where(total > 0, -jnp.inf, 0)
-    )  # a sum of something, for a gradient
     z = _scores(logits, valid)
-    log_q = z - jax.nn.logsumexp(z + some, axis=2, keepdims=True)
+    log_q = z - jax.nn.logsumexp(z + log_counts(targets), axis=2, keepdims=True)
     log_p = jnp.log(jnp.maximum(share, 1e-30))
     divergence = jnp.sum(count * share * (log_p - log_q), axis=2)
     return jnp.sum(total * divergence, axis=1) / jnp.maximum(jnp.sum(total), 1e-12)
