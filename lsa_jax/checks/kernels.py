@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lsa_jax.checks.finding import Finding
 from pallas_kernels import casebook, checks, dispatch
 
-SECONDS = 60.0  # after which no further case is begun; `pallas_kernels.bench --check` runs all
+SECONDS = 30.0  # after which no further case is begun; `pallas_kernels.bench --check` runs all
 
 
 def kernels(seconds: float = SECONDS) -> Iterator[Finding]:

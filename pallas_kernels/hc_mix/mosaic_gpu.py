@@ -42,7 +42,10 @@ def _sinkhorn(logits: list[list[Array]], iterations: int, eps: float) -> list[Ar
         return row, columns(row, col)
 
     ones = [jnp.ones_like(soft[0][0])] * n
-    row, col = jax.lax.fori_loop(0, iterations - 1, step, (ones, columns(ones, ones)))
+    row, col = ones, columns(ones, ones)
+    if iterations > 1:  # the first step apart: constants have another layout than what a loop carries
+        first = step(jnp.int32(0), (row, col))
+        row, col = jax.lax.fori_loop(1, iterations - 1, step, first)
     return [row[j] * soft[j][k] * col[k] for j in range(n) for k in range(n)]
 
 
@@ -78,6 +81,8 @@ def hc_mix(
         out_type=jax.ShapeDtypeStruct((k, blocks * TOKENS), jnp.float32),
         grid=(blocks,),
         grid_names=("block",),
+        # The other semantics infer layouts: seconds of Python in every program that is lowered.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
         kernel_name="hc_mix",
     )
