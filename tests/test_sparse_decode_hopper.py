@@ -61,11 +61,12 @@ def test_shares_are_all_keys_once_and_fit_the_list(recent: int, splits: int) -> 
 @pytest.mark.parametrize(
     ("batch", "picks", "fp8", "splits"),
     [
-        *((1, 512, True, 8), (32, 512, True, 4), (64, 512, False, 2), (128, 512, True, 1)),
+        *((1, 512, True, 8), (8, 512, True, 8), (16, 512, True, 4), (32, 512, True, 2)),
+        *((64, 512, False, 2), (128, 512, True, 1)),
         *((128, 1024, True, 4), (128, 1024, False, 1), (512, 512, True, 1)),
     ],
 )
-def test_clusters_fill_a_gpu_once_and_lists_fit(
+def test_clusters_run_at_once_and_lists_fit(
     batch: int, picks: int, fp8: bool, splits: int
 ) -> None:
     assert mosaic_gpu.default_tuning(batch, 64, 128, picks, fp8).splits == splits
