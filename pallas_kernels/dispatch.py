@@ -18,7 +18,7 @@ HOPPER, GPU, TPU = "hopper", "gpu", "tpu"  # kinds of device; GPU: of another ca
 # is listed for a kind of device once it was found right there, faster than the definition at the
 # shapes of V4 (docs/kernels.md has the times), and right in a whole model. The others run only when
 # they are named: those of decode steps ran alone so far, where they were right and faster. Listed
-# without all of that: chunks of index_score, whose times are missing, and page_recall on other GPUs.
+# without all of that: chunks of index_score, whose times are missing; page_recall on other GPUs.
 DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "compress": {HOPPER: (TRITON,)},
     "compress_token": {},  # not timed yet

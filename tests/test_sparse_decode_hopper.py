@@ -66,9 +66,7 @@ def test_shares_are_all_keys_once_and_fit_the_list(recent: int, splits: int) -> 
         *((128, 1024, True, 4), (128, 1024, False, 1), (512, 512, True, 1)),
     ],
 )
-def test_clusters_run_at_once_and_lists_fit(
-    batch: int, picks: int, fp8: bool, splits: int
-) -> None:
+def test_clusters_run_at_once_and_lists_fit(batch: int, picks: int, fp8: bool, splits: int) -> None:
     assert mosaic_gpu.default_tuning(batch, 64, 128, picks, fp8).splits == splits
 
 

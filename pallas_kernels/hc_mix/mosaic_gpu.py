@@ -43,7 +43,7 @@ def _sinkhorn(logits: list[list[Array]], iterations: int, eps: float) -> list[Ar
 
     ones = [jnp.ones_like(soft[0][0])] * n
     row, col = ones, columns(ones, ones)
-    if iterations > 1:  # the first step apart: constants have another layout than what a loop carries
+    if iterations > 1:  # the first step is apart: constants have another layout than a loop carries
         first = step(jnp.int32(0), (row, col))
         row, col = jax.lax.fori_loop(1, iterations - 1, step, first)
     return [row[j] * soft[j][k] * col[k] for j in range(n) for k in range(n)]
