@@ -1,0 +1,35 @@
+"""The complete `bench` model with LSA, every program, compiled for every TPU generation."""
+
+import pytest
+
+from lsa_jax import plan
+from lsa_jax.planning import aot
+from lsa_jax.planning.hardware import DEVICES, parse_topology
+from lsa_jax.planning.plan import make_plan
+from tests.test_plan_compiled import GENERATIONS, _no_machine_to_ask, _nothing_is_kept
+
+__all__ = ["_no_machine_to_ask", "_nothing_is_kept"]  # fixtures
+
+# The shortest pieces of a prompt that take every path: compilers spend twice the time on 1024.
+OPTIONS = "--config bench --context 64K --attention lsa --kv-budget 0.3 --prefill-chunk 64"
+
+
+@pytest.mark.skipif(
+    not aot.has_compiler(DEVICES["v5e"]), reason="compiling for TPUs needs the package libtpu"
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [g.replace("v5p:2x2x1", "v5p:1x1x1") for g in GENERATIONS])
+def test_every_program_of_the_whole_bench_model_compiles_and_fits(name):
+    args = plan.parse([*OPTIONS.split(), "--topology", name, "--layers", "all"])
+    topology, asked = parse_topology(name), plan.read_case(args)
+    made = make_plan(asked, topology, depth="all")
+    names = [p.name for p in made.programs]
+    # Sliding, CSA with hash and with score, a target layer and not, HCA; and the logits.
+    assert names[:6] == [f"prefill, layer {i}" for i in ("0 (x 2)", "2 (x 1)", "3 (x 7)")] + [
+        "prefill, layer 4 (x 3)",
+        "prefill, layer 8 (x 3)",
+        "prefill, logits",
+    ]
+    assert names[6:] == ["decode step", "flush", "fire", "missed", "recall"]
+    assert made.programs[6].layers == "all" and asked.cfg.num_layers == 16
+    assert made.fits
