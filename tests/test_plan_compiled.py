@@ -22,7 +22,7 @@ SMALL = dataclasses.replace(
 TPU = pytest.mark.skipif(
     not aot.has_compiler(DEVICES["v5e"]), reason="compiling for TPUs needs the package libtpu"
 )
-GENERATIONS = ("v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:1x1x1")
+MESHES = ("v5p:2x2x1", "tpu7x:1x1x1")  # several devices; test_plan_bench has all generations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,14 +48,14 @@ def compiled(planner: Planner, *names: str):
 
 @TPU
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GENERATIONS)
-def test_a_decode_step_with_lsa_compiles_for_every_generation(name):
+@pytest.mark.parametrize("name", MESHES)
+def test_a_decode_step_with_lsa_compiles_for_a_mesh(name):
     topology, asked = parse_topology(name), case(SMALL, lsa=True)
-    mesh = (1, topology.devices // min(2, topology.devices), min(2, topology.devices))
+    mesh = (1, topology.devices // 2, 2)
     planner = Planner(asked, aot.make_target(topology, mesh), "all")
     step = compiled(planner, "decode step")["decode step"]
     assert step.temporary > 0 and step.added >= 0
-    assert bool(step.collectives.count) == (topology.devices > 1)
+    assert step.collectives.count
 
 
 @TPU

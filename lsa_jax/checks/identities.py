@@ -47,8 +47,14 @@ class Answer:
 
 
 def small_model(mesh: Mesh | None) -> DeepSeekV4:
-    """The tiny preset with random float32 weights."""
-    cfg = dataclasses.replace(load_config("tiny"), num_nextn_predict_layers=0, vocab_size=128)
+    """Four layers of the tiny preset, of every kind, with random float32 weights."""
+    cfg = dataclasses.replace(
+        load_config("tiny"),
+        layer_types=("sliding", "csa", "hca", "csa"),
+        mlp_types=("hash", "score", "score", "score"),
+        num_nextn_predict_layers=0,
+        vocab_size=128,
+    )
     source = SyntheticModel(cfg, seed=0)
     leaves = {}
     for path, info in source.leaves("f32").items():
