@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ def traces(case: Path) -> list[Trace]:
 
 
 def command(case: Path, out: Path, *extra: str) -> list[str]:
+    given = () if "--indexer" in extra else ("--indexer", str(case / "i0.safetensors"))
     return [
-        *("--indexer", str(case / "i0.safetensors"), "--traces", str(case / "traces")),
+        *(*given, "--traces", str(case / "traces")),
         *("--config", str(case / "config.json"), "--out", str(out), "--recency", "12"),
         *("--interval", "32", "--window", "16", "--ks", "5,20", "--budgets", "0.20,0.80", *extra),
     ]
@@ -46,7 +48,7 @@ def command(case: Path, out: Path, *extra: str) -> list[str]:
 @pytest.fixture(scope="module")
 def out(case: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluate") / "out"
-    both = ("--indexer", *(str(case / f"i{i}.safetensors") for i in range(2)))
+    both = [word for i in range(2) for word in ("--indexer", str(case / f"i{i}.safetensors"))]
     assert evaluate.main(command(case, out, *both, "--length-edges", "50,300", "--no-plots")) == 0
     return out
 
@@ -134,8 +136,8 @@ def test_the_newest_entries_stay_as_in_decoding(case, tmp_path, policy: str, rec
         (("--budgets", "0.10,2.0"), "kv_budget must be in (0, 1]"),
         (("--budgets", "0.1,0.1"), "budgets must be distinct"),
         (("--traces", "absent"), "absent must have finished traces, got none"),
-        (("--indexer", "absent.safetensors"), "absent.safetensors"),
-        (("--config", "v4_flash"), "indexer.hidden_size"),
+        (("--indexer", "absent"), "--indexer must be a run's directory, an indexer file or an"),
+        (("--config", "v4_flash"), "the model's 4096, got 16 (the model is --config v4_flash)"),
         (("--threshold", "0.5", "--taus", ""), "exists already: --overwrite replaces it"),
     ],
 )
@@ -172,6 +174,17 @@ def test_a_run_is_evaluated_by_its_directory(case, out, tmp_path, capsys) -> Non
     again = ("--indexer", str(run), "--no-plots", "--config", "v4_flash", "--overwrite")
     assert evaluate.main(command(case, tmp_path / "out", *again)) == 2
     assert "best.run: indexer.hidden_size must be the model's 4096" in capsys.readouterr().err
+
+
+def test_a_document_in_two_sets_is_refused(case: Path, tmp_path, capsys) -> None:
+    """Whatever it is called: intervals would be those of more documents than there are."""
+    shutil.copytree(case / "traces" / "doc-0-1", tmp_path / "more" / "other")
+    out = tmp_path / "out"
+    assert evaluate.main(command(case, out, "--traces", str(tmp_path / "more"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: traces must be of different documents, got the same arrays in")
+    assert "traces/doc-0-1 and " in error and error.endswith("more/other\n")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
