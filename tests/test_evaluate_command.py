@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lsa_jax.lsa.indexer_io import save_indexer
 from tests.evaluation_cases import (
     KS,
     RULE,
@@ -112,9 +113,40 @@ def test_curves_and_calibration_are_written_as_csv(out: Path) -> None:
     assert every == 3 * (90 + 98 + 106)  # entries at tokens 0, 32 and 64
 
 
+def test_shares_have_no_calibration_curve(case: Path, tmp_path, capsys) -> None:
+    path, out = tmp_path / "shares.safetensors", tmp_path / "out"
+    save_indexer(path, indexer(0, score="softmax"))
+    both = ("--indexer", str(path), str(case / "i0.safetensors"), "--no-plots")
+    assert evaluate.main(command(case, out, *both)) == 0
+    bins = [*csv.DictReader((out / "calibration.csv").read_text().splitlines())]
+    assert {row["indexer"] for row in bins} == {"i0"}
+    report = json.loads((out / "report.json").read_text())["indexers"]
+    assert report["shares"]["curves"] == {} != report["i0"]["curves"]
+    assert capsys.readouterr().out.count("no calibration curve: its scores are shares") == 1
+
+
+def test_one_document_has_figures_without_intervals_and_the_report_says_so(
+    case: Path, tmp_path, capsys
+) -> None:
+    both = ("--indexer", *(str(case / f"i{i}.safetensors") for i in range(2)), "--no-plots")
+    line = command(case, tmp_path / "out", *both)
+    line[line.index("--traces") + 1] = str(case / "traces" / "doc-0-0")
+    assert evaluate.main(line) == 0
+    printed = capsys.readouterr().out
+    assert "figures are without intervals, which want two documents or more" in printed
+    assert "[" not in printed
+    (pair,) = [line for line in printed.splitlines() if line.startswith("i1 - i0: ")]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    value, low, high = report["differences"]["i1 - i0"]["window/evictable/recall@0.80"]
+    assert f"recall@0.80 {100 * value:+.1f}" in pair and "*" not in pair and low is high is None
+
+
 @pytest.mark.slow  # matplotlib takes seconds to import
 def test_pictures_are_drawn_unless_they_are_not_wanted(case: Path, out: Path, tmp_path) -> None:
-    assert evaluate.main(command(case, tmp_path, "--interval", "64")) == 0
+    shares = tmp_path / "shares.safetensors"
+    save_indexer(shares, indexer(0, score="softmax"))
+    both = ("--indexer", str(shares), str(case / "i0.safetensors"))
+    assert evaluate.main(command(case, tmp_path, *both, "--interval", "64")) == 0
     for name in ("pareto.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert not (out / name).exists()

@@ -5,7 +5,8 @@
 A decision scores all entries that exist at its token, and a budget of KV bytes says how many pages
 are on the device until the next one. Every arm gets the same pages: forced ones (--recency,
 --sink), then by its scores. "Evictable" entries are those in the other pages. Intervals are 95 %,
-by bootstrap over documents. Writes report.json, pareto.csv, calibration.csv and a picture of each.
+by bootstrap over documents. Writes report.json, pareto.csv, calibration.csv and a picture of each;
+calibration is of probabilities, which an indexer with the score "softmax" does not give.
 """
 
 import argparse
@@ -202,9 +203,13 @@ def _lines(
     k = 512 if 512 in args.ks else max(args.ks, default=0)
     of = content["traces"]
     lines = [f"{of['documents']:,} documents, {of['decisions']:,} decisions; {args.out / REPORT}"]
+    if of["documents"] == 1:
+        lines.append(report.NO_INTERVALS)
     for name, found in summaries.items():
         lines += ["", f"{name}: next {args.window} tokens, evictable entries, %"]
         lines += report.table(found, budgets, k)
+        if not found.curves:
+            lines.append(report.NO_PROBABILITIES)
     return [*lines, "", *report.difference_lines(content["differences"], budgets)]
 
 
