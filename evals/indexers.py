@@ -25,6 +25,7 @@ from typing import get_args
 import jax
 import numpy as np
 
+from evals.indexers_checks import check_report, check_run, check_sets
 from evals.indexers_report import Judged, Place, write
 from evals.suite.cases import RETRIEVAL, TASKS, check_tasks
 from evals.suite.options import listed, one_of
@@ -225,8 +226,11 @@ def check(args: argparse.Namespace) -> ModelConfig:
     cfg = model_io.read_config(args.ckpt)
     check_tasks(cfg, args.tasks, (args.tokens,))
     check_targets(cfg, args.targets)
+    check_sets(args.set, {recipe: RECIPES[recipe] for recipe in args.recipes})
     for recipe in args.recipes:
-        load_train_config("indexer", overrides(args, recipe, 0))
+        check_run(load_train_config("indexer", overrides(args, recipe, 0)))
+    if not args.overwrite:
+        check_report(args.out / "report.json", settings(args))
     return cfg
 
 
@@ -261,6 +265,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     policies = get_args(PagePolicy)
     add("--policy", choices=policies, default="budget", help="of pages; default budget")
     add("--plot", action="store_true", help="pareto.png too; needs matplotlib")
+    help_ = "replaces a report with other recipes or budgets, more seeds, another policy or layout"
+    add("--overwrite", action="store_true", help=help_)
     _add_documents(parser)
     _add_training(parser)
     return parser.parse_args(argv)
@@ -300,7 +306,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=whole, default=256, help="of its queries; default 256")
     add("--lookahead", type=whole, default=16, help="tokens that a decision serves; default 16")
     add("--recency", type=arguments.count, default=16, help="newest entries, kept; default 16")
-    help_ = "any other field of configs/indexer.toml, for every recipe"
+    help_ = "any field of configs/indexer.toml that no option or recipe sets, for every recipe"
     add("--set", action="append", default=[], metavar="TABLE.FIELD=VALUE", help=help_)
 
 

@@ -133,6 +133,8 @@ class Tables:
             f" {len(next(iter(self.seeds.values())))} seeds; {place.device}, JAX {place.jax}."
         )
         means = "[95 % interval over documents, seeds pooled] (lowest to highest seed)"
+        if documents == 1:
+            means = f"{report.NO_INTERVALS}; (lowest to highest seed)"
         parts = [self.arms("recall", "evictable"), self.arms("mass", "evictable")]
         parts += [self.pairs("recall"), self.pairs("mass"), self.arms("recall", "all")]
         return "\n".join([words, means, *(line for part in parts for line in ("", *part))]) + "\n"

@@ -1,6 +1,7 @@
 """Thresholds that are fitted to bytes come to these bytes on other documents."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,14 @@ def test_documents_that_are_fitted_on_cannot_be_held_out(case, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "--holdout must be traces that are not fitted on, got" in error and "doc-0-3" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_a_document_that_is_fitted_on_cannot_be_held_out(case, tmp_path, capsys) -> None:
+    shutil.copytree(case / "traces" / "doc-0-3", tmp_path / "held" / "doc-0-3")
+    both = ("--budgets", "0.5", "--holdout", str(tmp_path / "held"))
+    assert calibrate.main(command(case, tmp_path / "out.safetensors", *both)) == 2
+    assert "traces must be of different documents" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["held"]
 
 
 def test_an_indexer_is_never_written_over(case: Path, capsys) -> None:

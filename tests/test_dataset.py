@@ -95,8 +95,9 @@ def test_a_state_of_other_data_is_refused(corpus, sets):
         batches(relabelled(corpus), DATA, SAMPLING),
     ]
     for other in others:
-        with pytest.raises(ConfigError, match="data's state must be one of the same traces"):
+        with pytest.raises(ConfigError, match=r"data\.train must have the traces and") as caught:
             other.set_state(state)
+        assert f"got others in {sets[0].parent}/" in str(caught.value)
     with pytest.raises(ConfigError, match=r"next_step of the data's state must be in 0\.\.14"):
         iterator.set_state({**state, "next_step": 15})
     same = batches(corpus, dataclasses.replace(DATA, cache_bytes=0, threads=1), SAMPLING)

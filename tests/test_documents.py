@@ -84,7 +84,7 @@ def test_traces_that_do_not_fit_together_are_refused_and_both_named(sets, tmp_pa
         assert str(root / "doc-7-0") in str(caught.value)
     with pytest.raises(TraceError, match=r"target_layers must be of every trace, got \(1,\)"):
         Corpus.open(sets, (1,))
-    with pytest.raises(TraceError, match=r"different names: .*short/doc-0-0, .*short/doc-0-0"):
+    with pytest.raises(TraceError, match=r"must be given once, got .*short/doc-0-0 twice"):
         Corpus.open([sets[0], sets[0]])
     (tmp_path / "empty").mkdir()
     for missing in ("empty", "nowhere"):

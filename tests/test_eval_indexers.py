@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from evals import indexers
+from evals.indexers_checks import check_sets
 from evals.indexers_report import pooled
 from evals.tasks.examples import example
 from lsa_jax import model_io
+from lsa_jax.config import ConfigError
 from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.indexer_reader import read_indexer
 from tests import suite_models
@@ -201,11 +203,56 @@ def test_other_documents_and_other_training_are_refused_by_name(root: Path, caps
         (("--tokens", "9000"), "4096"),
         (("--set", "run.nothing=1"), "nothing"),
         (("--learning-rate", "0"), "0"),
+        (("--set", "run.seed=7"), "--set must leave run.seed to --seeds, got 'run.seed=7'"),
+        (("--set", "sampling.causal=false"), "leave sampling.causal to --recipes ours, got"),
+        (("--set", "run.log_n_reference=9"), "indexer.score must be sigmoid with run.log_n_ref"),
+        (("--set", "data.mass=false"), "data.mass must be true with objective.share"),
+        (("--set", "optimizer.accumulate=3"), "data.batch_size must be a multiple of"),
+        (
+            ("--set", "init.kind=indexer", "--set", "init.path=no"),
+            "init.path must be a file or directory that is there, got 'no'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(root, tmp_path, capsys, extra, words) -> None:
     assert words in refusal(capsys, command(root, tmp_path / "out", *extra))
-    assert not (tmp_path / "out" / "traces").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_whatever_the_command_sets_itself_is_left_to_its_options(root: Path) -> None:
+    """But for the workers, which change nothing of a run."""
+    args = indexers._parse(command(root, root / "out"))
+    args.set = []
+    for recipe, own in indexers.RECIPES.items():
+        for text in indexers.overrides(args, recipe, 3):
+            if not text.startswith("data.workers="):
+                with pytest.raises(ConfigError, match=r"--set must leave "):
+                    check_sets([f" {text}"], {recipe: own})
+    check_sets(["sampling.causal=true", "data.workers=2"], {"authors": ()})
+
+
+def test_a_report_is_not_replaced_by_one_with_less(root: Path, capsys) -> None:
+    out = root / "out"
+    before = (out / "report.json").read_bytes()
+    for extra, lost in (
+        (("--recipes", "ours"), "--recipes authors,ours"),
+        (("--recipes", "ours,mass"), "--recipes authors,ours"),
+        (("--budgets", "0.50"), "--budgets 0.50,0.80"),
+        (("--seeds", "1"), "--seeds 2"),
+        (("--policy", "top"), "--policy budget"),
+    ):
+        line = refusal(capsys, command(root, out, *extra))
+        assert line == (
+            f"error: {out / 'report.json'} is of {lost}, which would be lost: give these too, or"
+            " replace it by --overwrite"
+        )
+    assert (out / "report.json").read_bytes() == before
+    args = indexers._parse(command(root, out, "--recipes", "ours,authors,mass", "--seeds", "3"))
+    indexers.check(args)  # has more: it may
+    indexers.check(indexers._parse(command(root, out, "--seeds", "1", "--overwrite")))
+    (root / "bad").mkdir()
+    (root / "bad" / "report.json").write_text("{}")
+    assert "a report of this command (KeyError)" in refusal(capsys, command(root, root / "bad"))
 
 
 def test_pooled_seeds_are_sums_of_each_document() -> None:

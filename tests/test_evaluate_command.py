@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from lsa_jax.lsa.indexer_io import save_indexer
 from tests.evaluation_cases import (
     KS,
     RULE,
@@ -36,8 +38,9 @@ def traces(case: Path) -> list[Trace]:
 
 
 def command(case: Path, out: Path, *extra: str) -> list[str]:
+    given = () if "--indexer" in extra else ("--indexer", str(case / "i0.safetensors"))
     return [
-        *("--indexer", str(case / "i0.safetensors"), "--traces", str(case / "traces")),
+        *(*given, "--traces", str(case / "traces")),
         *("--config", str(case / "config.json"), "--out", str(out), "--recency", "12"),
         *("--interval", "32", "--window", "16", "--ks", "5,20", "--budgets", "0.20,0.80", *extra),
     ]
@@ -46,7 +49,7 @@ def command(case: Path, out: Path, *extra: str) -> list[str]:
 @pytest.fixture(scope="module")
 def out(case: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluate") / "out"
-    both = ("--indexer", *(str(case / f"i{i}.safetensors") for i in range(2)))
+    both = [word for i in range(2) for word in ("--indexer", str(case / f"i{i}.safetensors"))]
     assert evaluate.main(command(case, out, *both, "--length-edges", "50,300", "--no-plots")) == 0
     return out
 
@@ -110,9 +113,40 @@ def test_curves_and_calibration_are_written_as_csv(out: Path) -> None:
     assert every == 3 * (90 + 98 + 106)  # entries at tokens 0, 32 and 64
 
 
+def test_shares_have_no_calibration_curve(case: Path, tmp_path, capsys) -> None:
+    path, out = tmp_path / "shares.safetensors", tmp_path / "out"
+    save_indexer(path, indexer(0, score="softmax"))
+    both = ("--indexer", str(path), str(case / "i0.safetensors"), "--no-plots")
+    assert evaluate.main(command(case, out, *both)) == 0
+    bins = [*csv.DictReader((out / "calibration.csv").read_text().splitlines())]
+    assert {row["indexer"] for row in bins} == {"i0"}
+    report = json.loads((out / "report.json").read_text())["indexers"]
+    assert report["shares"]["curves"] == {} != report["i0"]["curves"]
+    assert capsys.readouterr().out.count("no calibration curve: its scores are shares") == 1
+
+
+def test_one_document_has_figures_without_intervals_and_the_report_says_so(
+    case: Path, tmp_path, capsys
+) -> None:
+    both = ("--indexer", *(str(case / f"i{i}.safetensors") for i in range(2)), "--no-plots")
+    line = command(case, tmp_path / "out", *both)
+    line[line.index("--traces") + 1] = str(case / "traces" / "doc-0-0")
+    assert evaluate.main(line) == 0
+    printed = capsys.readouterr().out
+    assert "figures are without intervals, which want two documents or more" in printed
+    assert "[" not in printed
+    (pair,) = [line for line in printed.splitlines() if line.startswith("i1 - i0: ")]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    value, low, high = report["differences"]["i1 - i0"]["window/evictable/recall@0.80"]
+    assert f"recall@0.80 {100 * value:+.1f}" in pair and "*" not in pair and low is high is None
+
+
 @pytest.mark.slow  # matplotlib takes seconds to import
 def test_pictures_are_drawn_unless_they_are_not_wanted(case: Path, out: Path, tmp_path) -> None:
-    assert evaluate.main(command(case, tmp_path, "--interval", "64")) == 0
+    shares = tmp_path / "shares.safetensors"
+    save_indexer(shares, indexer(0, score="softmax"))
+    both = ("--indexer", str(shares), str(case / "i0.safetensors"))
+    assert evaluate.main(command(case, tmp_path, *both, "--interval", "64")) == 0
     for name in ("pareto.png", "calibration.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert not (out / name).exists()
@@ -134,8 +168,8 @@ def test_the_newest_entries_stay_as_in_decoding(case, tmp_path, policy: str, rec
         (("--budgets", "0.10,2.0"), "kv_budget must be in (0, 1]"),
         (("--budgets", "0.1,0.1"), "budgets must be distinct"),
         (("--traces", "absent"), "absent must have finished traces, got none"),
-        (("--indexer", "absent.safetensors"), "absent.safetensors"),
-        (("--config", "v4_flash"), "indexer.hidden_size"),
+        (("--indexer", "absent"), "--indexer must be a run's directory, an indexer file or an"),
+        (("--config", "v4_flash"), "the model's 4096, got 16 (the model is --config v4_flash)"),
         (("--threshold", "0.5", "--taus", ""), "exists already: --overwrite replaces it"),
     ],
 )
@@ -172,6 +206,17 @@ def test_a_run_is_evaluated_by_its_directory(case, out, tmp_path, capsys) -> Non
     again = ("--indexer", str(run), "--no-plots", "--config", "v4_flash", "--overwrite")
     assert evaluate.main(command(case, tmp_path / "out", *again)) == 2
     assert "best.run: indexer.hidden_size must be the model's 4096" in capsys.readouterr().err
+
+
+def test_a_document_in_two_sets_is_refused(case: Path, tmp_path, capsys) -> None:
+    """Whatever it is called: intervals would be those of more documents than there are."""
+    shutil.copytree(case / "traces" / "doc-0-1", tmp_path / "more" / "other")
+    out = tmp_path / "out"
+    assert evaluate.main(command(case, out, "--traces", str(tmp_path / "more"))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: traces must be of different documents, got the same arrays in")
+    assert "traces/doc-0-1 and " in error and error.endswith("more/other\n")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

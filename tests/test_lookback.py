@@ -150,3 +150,5 @@ def test_files_from_before_there_was_a_lookback_have_one_of_1():
     assert indexer_config.from_json(raw) == indexer().cfg
     with pytest.raises(ConfigError, match=r"indexer\.lookback must be >= 1, got 0"):
         dataclasses.replace(WIDE.cfg, lookback=0)
+    with pytest.raises(ConfigError, match=r"indexer.lookback must be <= 512, got 513"):
+        dataclasses.replace(WIDE.cfg, lookback=513)

@@ -227,7 +227,7 @@ def test_a_single_document_has_a_figure_but_no_bounds() -> None:
     one = np.array([[[3.0, 4.0], [0.0, 0.0]]])
     figure, undefined = intervals.bootstrap(one)
     assert figure.value == 0.75 and np.isnan(figure[1:]).all()
-    assert (figure.percent(), undefined.percent()) == ("75.0 [-]", "-")
+    assert (figure.percent(), undefined.percent()) == ("75.0", "-")
     same = intervals.paired_difference(one, one)[0]
     assert same.value == 0 and np.isnan(same[1:]).all()  # and no claim that it is 0 for others
     assert intervals.Interval(0.5, 0.25, 0.75).percent(2) == "50.00 [25.00, 75.00]"

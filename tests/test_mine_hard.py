@@ -1,5 +1,6 @@
 """Hard negatives are the best scored entries that are never golden, by brute force."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -129,6 +130,19 @@ def test_the_data_pipeline_draws_them(traces, tmp_path):
         assert set(corpus.hard[trace.info.name].tolist()) <= set(found)
 
 
+def test_indexers_whose_scores_are_of_two_scales_are_refused(traces, tmp_path, capsys):
+    cfg, out = config(traces), tmp_path / "hard.npz"
+    shares = [dataclasses.replace(cfg, score="softmax", ensemble=kind) for kind in ("max", "mean")]
+    paths = [write(tmp_path / f"{i}.safetensors", c, i)[0] for i, c in enumerate((cfg, *shares))]
+    assert run(out, traces, paths) == 2
+    assert capsys.readouterr().err == (
+        "error: indexer.score must be one for all --indexer, got 'sigmoid' of"
+        f" {paths[0]}, 'softmax' of {paths[1]}\n"
+    )
+    assert not out.exists()
+    assert run(out, traces, paths[1:], "--top-k", 3) == 0
+
+
 def test_bad_input_is_refused_in_one_line(traces, tmp_path, capsys):
     indexer, _ = write(tmp_path / "a.safetensors", config(traces), 0)
     narrow = IndexerConfig(target_layers=(0,), hidden_size=9, head_dim=8, rope_head_dim=4)
@@ -141,7 +155,7 @@ def test_bad_input_is_refused_in_one_line(traces, tmp_path, capsys):
         ([indexer], [traces], ["--top-k", "0"], "--top-k must be >= 1, got 0"),
         ([indexer], [tmp_path], [], "must have finished traces, got none"),
         ([indexer, other], [traces], [], "hidden_size must be the indexer's"),
-        ([tmp_path / "none"], [traces], [], "No such file"),
+        ([tmp_path / "none"], [traces], [], "--indexer must be a run's directory, an indexer"),
     ):
         arguments = [text for path in indexers for text in ("--indexer", str(path))]
         arguments += ["--traces", *map(str, sets), "--out", str(out), *options]

@@ -158,7 +158,7 @@ def test_the_score_is_kept_with_the_indexer_and_unknown_ones_are_refused():
         ConfigError, match=r"indexer\.score must be one of sigmoid, softmax, got 'odds'"
     ):
         dataclasses.replace(CFG, score="odds")
-    with pytest.raises(ConfigError, match=r"objective\.on_ensemble must be 0 with shares"):
+    with pytest.raises(ConfigError, match=r"objective\.on_ensemble must be 0 with indexer\.score"):
         StepConfig(
             indexer=CFG,
             objective=ObjectiveConfig(share=1.0, on_ensemble=1.0),

@@ -12,13 +12,17 @@ import pytest
 from lsa_jax.cache import codec
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
+from tests import train_runs
 from tests.batch_cases import DATA, SAMPLING, facts_of, two_sets
 from tests.train_batches import CFG, batch, gathered, parameters, planes
 from train.data.dataset import Corpus, batches
-from train.run import forward, losses
+from train.quality.evaluation import Recording, check_trace, decisions, open_traces
+from train.run import forward, initial, losses
+from train.run.initial import random_leaves
 from train.run.key_pool import gather
 from train.run.losses import ObjectiveConfig
 from train.run.optimizer import OptimizerConfig
+from train.run.splits import open_corpora
 from train.run.step import Inputs, StepConfig
 from train.traces.columns import TraceError
 from train.traces.trace import Trace
@@ -63,7 +67,9 @@ def test_batches_have_the_hidden_states_of_the_last_tokens(sets):
     assert seen == len(stream.table.tokens)
 
 
-def test_tokens_that_do_not_follow_each_other_are_refused(sets, monkeypatch):
+@pytest.fixture
+def gaps(monkeypatch):
+    """Every trace lacks a token after its seventh."""
     read = Trace.read
 
     def with_gap(self, name, *rows):
@@ -71,9 +77,33 @@ def test_tokens_that_do_not_follow_each_other_are_refused(sets, monkeypatch):
         return found + (np.arange(len(found)) > 6) if name == "positions" else found
 
     monkeypatch.setattr(Trace, "read", with_gap)
+
+
+NO_GAPS = r"doc-0-0: positions must be consecutive for indexer.lookback > 1, got a step of 2 at 6"
+
+
+def test_tokens_that_do_not_follow_each_other_are_refused(sets, gaps):
     corpus = Corpus.open(sets)
-    with pytest.raises(TraceError, match=r"doc-0-0: positions must be consecutive .* 2 at 6"):
+    with pytest.raises(TraceError, match=NO_GAPS):
         batches(corpus, DATA, SAMPLING, lookback=2)
+    batches(corpus, DATA, SAMPLING).close()
+
+
+def test_gaps_are_refused_wherever_the_tokens_before_are_asked(tmp_path, gaps):
+    """In validation before anything is trained, and by what train.evaluate, train.calibrate and
+    train.mine_hard read traces with."""
+    root = train_runs.traces(tmp_path)
+    tables = {"data": {"validation": [str(root / "train")]}, "indexer": {"lookback": 2}}
+    with pytest.raises(TraceError, match=NO_GAPS):
+        open_corpora(train_runs.config(root, **tables))
+    open_corpora(train_runs.config(root, data=tables["data"]))
+    trace = open_traces([root / "train"])[0]
+    cfg = initial.indexer_config(train_runs.config(root), Corpus([trace]))
+    back = dataclasses.replace(cfg, lookback=2)
+    module = MemoryIndexer(back, {k: jnp.asarray(x) for k, x in random_leaves(back, 0).items()})
+    with pytest.raises(TraceError, match=NO_GAPS):
+        next(decisions(module, trace, Recording.of(trace), np.arange(3)))
+    check_trace(cfg, trace)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

@@ -12,6 +12,7 @@ from tests.train_runs import config
 from tests.train_traces import planted_traces
 from train.data.corpus import Corpus
 from train.indexer import main
+from train.indexer_command import _config, _parse
 from train.run import initial
 from train.run.splits import open_corpora
 from train.run.validation import check_top
@@ -47,6 +48,8 @@ def root(tmp_path_factory) -> Path:
         ("run.steps=1\nseed=2", "run.steps must be a single TOML value, got '1\\nseed=2'"),
         ("run.steps=1\n[run]\nseed=2", "run.steps must be a single TOML value, got '1\\n[run]"),
         ("indexer.ensemble=learned", "objective.on_ensemble must be > 0, as indexer.ensemble is"),
+        ("indexer.lookback=1000000", "indexer.lookback must be <= 512, got 1000000"),
+        ("run.log_n_reference=1", "run.log_n_reference must be 0 or >= 2, got 1"),
         ("run.compute_dtype=fp8", "run.compute_dtype must be one of bfloat16, float32, got 'fp8'"),
     ],
 )
@@ -55,6 +58,68 @@ def test_a_bad_override_is_one_line_and_exit_code_2(tmp_path, capsys, override, 
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (
+            ["data.mass=false", "objective.missed=1"],
+            "data.mass must be true with objective.missed, got False",
+        ),
+        (
+            ["data.mass=false", "objective.focal=0", "objective.share=1"],
+            "data.mass must be true with objective.share, got False",
+        ),
+        (
+            ["indexer.score=softmax", "run.log_n_reference=9"],
+            "indexer.score must be sigmoid with run.log_n_reference, got 'softmax'",
+        ),
+        (
+            ["indexer.lookback=2", "run.log_n_reference=9"],
+            "indexer.lookback must be 1 with run.log_n_reference, got 2",
+        ),
+        (
+            ["indexer.score=softmax", "indexer.ensemble=learned"],
+            "indexer.ensemble must be max or mean with indexer.score = 'softmax', got 'learned'",
+        ),
+        (
+            ["indexer.score=softmax", "objective.on_ensemble=1"],
+            "objective.on_ensemble must be 0 with indexer.score = 'softmax', got 1.0",
+        ),
+        (
+            ["run.steps=4", "optimizer.warmup_steps=4"],
+            "optimizer.warmup_steps must be below the run's 4 steps, got 4",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused_before_data_are_read(
+    tmp_path, capsys, sets, message
+):
+    words = [word for text in sets for word in ("--set", text)]
+    given = ["--config", "indexer", "--data", "nowhere", "--out", str(tmp_path / "run")]
+    assert main([*given, *words]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": {"kind": "indexer", "path": "no.safetensors"}}, "No such file"),
+        ({"indexer": {"n_heads": 10**12}}, "n_heads and q_lora_rank must be below"),
+        ({"data": {"batch_size": 3}, "optimizer": {"accumulate": 2}}, "data.batch_size must be"),
+        (
+            {"run": {"steps": 0, "epochs": 1}, "optimizer": {"warmup_steps": 99}},
+            "optimizer.warmup_steps must be below the run's",
+        ),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_no_directory(root, tmp_path, changes, message):
+    cfg = config(root, **changes)
+    with pytest.raises((ConfigError, OSError), match=message):
+        train_runs.train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -155,6 +220,27 @@ def test_a_validation_that_finds_everything_is_refused(root, tmp_path, pool, mos
     assert not (tmp_path / "run").exists()
     fewer = dataclasses.replace(cfg.run, validate_top=most - 1)
     check_top(dataclasses.replace(cfg, run=fewer), open_corpora(cfg)["validation"])
+
+
+def test_options_that_are_given_again_add_to_what_was_given():
+    given = ["--config", "indexer", "--out", "run", "--data", "a", "b", "--data", "c"]
+    args = _parse([*given, "--validation", "d", "--validation", "e"])
+    assert _config(args).data.train == ("a", "b", "c")
+    assert _config(args).data.validation == ("d", "e")
+
+
+def test_documents_of_one_name_are_refused_with_the_cure(root, tmp_path):
+    twice = {"train": [str(root / "train"), f"{root}/validation/../train"]}
+    with pytest.raises(TraceError, match=r"^traces must be given once, got .*doc-0-0 twice$"):
+        open_corpora(config(root, data=twice))
+    planted_traces(tmp_path / "more", documents=1, tokens=32, prompt_entries=60)
+    both = {"train": [str(root / "train"), str(tmp_path / "more")]}
+    with pytest.raises(TraceError) as caught:
+        open_corpora(config(root, data=both))
+    assert str(caught.value) == (
+        f"traces must have different names, got doc-0-0 in {root / 'train'} and in"
+        f" {tmp_path / 'more'} (train.dump_traces --start N numbers documents from N)"
+    )
 
 
 def test_traces_of_other_weights_are_not_mixed(root):

@@ -129,11 +129,24 @@ def test_another_configuration_is_refused_and_its_fields_named(root, unbroken):
     assert "keep" not in message  # which has no influence on what is trained
 
 
+def test_other_traces_than_a_run_began_with_are_refused(root, unbroken, tmp_path):
+    run, document = tmp_path / "run", root / "train" / "doc-0-1"
+    shutil.copytree(unbroken[0], run)
+    document.rename(tmp_path / "away")
+    try:
+        with pytest.raises(ConfigError, match=r"data.train must have the traces .* in .*/train"):
+            train(config(root), run)
+    finally:
+        (tmp_path / "away").rename(document)
+
+
 def test_a_run_that_saved_nothing_may_be_begun_anew(root, tmp_path):
     run = tmp_path / "run"
     bad = config(root, init={"kind": "indexer", "path": str(tmp_path / "nowhere")})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(bad, run)
+    assert not run.exists()
+    checkpoints.begin(run, bad)  # as one that was killed before its first checkpoint
     (run / checkpoints.INDEXER).write_bytes(b"of a run whose checkpoints were deleted")
     checkpoints.begin(run, config(root))
     assert checkpoints.read_config(run) == config(root)

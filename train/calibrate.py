@@ -29,9 +29,15 @@ from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train import study_options
 from train.data.labels import ResidentRule
-from train.export import read_source
 from train.outputs import check_file
-from train.quality.evaluation import Recording, check_trace, decisions, open_traces, scores_at
+from train.quality.evaluation import (
+    Recording,
+    check_distinct,
+    check_trace,
+    decisions,
+    open_traces,
+    scores_at,
+)
 from train.quality.intervals import Interval, bootstrap
 from train.quality.metrics import length_bucket, per_page
 from train.quality.pareto import DeviceRoom, Sizes, forced_pages, parse_budgets
@@ -185,20 +191,27 @@ def destinations(out: Path, budgets: Sequence[str]) -> dict[str, Path]:
     return found
 
 
+def _parts(args: argparse.Namespace) -> tuple[list[Trace], list[Trace]]:
+    """Traces to fit on and to test on. Raises ConfigError and TraceError."""
+    traces = open_traces(args.traces, verify=args.verify)
+    if not args.holdout:
+        check_distinct(traces)
+        return split(traces, args.holdout_share, args.seed)
+    held = open_traces(args.holdout, verify=args.verify)
+    both = {trace.path.resolve() for trace in traces} & {trace.path.resolve() for trace in held}
+    if both:
+        raise refusal("--holdout", str(min(both)), "traces that are not fitted on")
+    check_distinct([*traces, *held])
+    return traces, held
+
+
 def run(args: argparse.Namespace) -> list[str]:
     """Fits, writes the files, and returns the lines to print."""
     budgets = parse_budgets(args.budgets)
     paths = destinations(args.out, list(budgets))
     cfg = config_io.load_config(args.config)
-    file = read_source(args.indexer, cfg).indexer
-    traces = open_traces(args.traces, verify=args.verify)
-    if args.holdout:
-        held = open_traces(args.holdout, verify=args.verify)
-        both = {trace.path.resolve() for trace in traces} & {trace.path.resolve() for trace in held}
-        if both:
-            raise refusal("--holdout", str(min(both)), "traces that are not fitted on")
-    else:
-        traces, held = split(traces, args.holdout_share, args.seed)
+    file = study_options.read_indexer(args.indexer, cfg, named=args.config).indexer
+    traces, held = _parts(args)
     rule = study_options.resident_rule(args, [*traces, *held])
     room = study_options.device_room(args, cfg, file.config, rule)
     for trace in (*traces, *held):
@@ -244,7 +257,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     budgets = "KV bytes on the device: 0.10, 400MB; several by commas"
     add("--budgets", required=True, metavar="A,B,..", help=budgets)
     held = "traces to test on (default: some of --traces, which are not fitted on)"
-    add("--holdout", type=Path, nargs="+", metavar="DIR", help=held)
+    add("--holdout", type=Path, nargs="+", action="extend", metavar="DIR", help=held)
     share = "of the documents, without --holdout (0.2)"
     add("--holdout-share", type=study_options.inner, default=0.2, help=share)
     edges = "bounds of length buckets, in entries (default: powers of two, by what there is)"

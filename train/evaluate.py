@@ -5,7 +5,8 @@
 A decision scores all entries that exist at its token, and a budget of KV bytes says how many pages
 are on the device until the next one. Every arm gets the same pages: forced ones (--recency,
 --sink), then by its scores. "Evictable" entries are those in the other pages. Intervals are 95 %,
-by bootstrap over documents. Writes report.json, pareto.csv, calibration.csv and a picture of each.
+by bootstrap over documents. Writes report.json, pareto.csv, calibration.csv and a picture of each;
+calibration is of probabilities, which an indexer with the score "softmax" does not give.
 """
 
 import argparse
@@ -29,11 +30,10 @@ from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.policy import default_threshold
 from train import study_options
 from train.data.labels import ResidentRule
-from train.export import read_source
 from train.outputs import check_directory
 from train.quality import evaluation_report as report
 from train.quality.baselines import BASELINES, DESCRIPTIONS, Baseline, PagePolicy
-from train.quality.evaluation import check_trace, open_traces
+from train.quality.evaluation import check_distinct, check_trace, open_traces
 from train.quality.evaluation_report import Summary
 from train.quality.metrics import MetricsConfig
 from train.quality.pareto import DeviceRoom, parse_budgets
@@ -100,7 +100,7 @@ def read_cases(args: argparse.Namespace, cfg: ModelConfig, traces: list[Trace]) 
     rule = study_options.resident_rule(args, traces, args.policy)
     cases = {}
     for name, path in indexer_names(args.indexer).items():
-        source = read_source(path, cfg)
+        source = study_options.read_indexer(path, cfg, named=args.config)
         file = source.indexer
         room = study_options.device_room(args, cfg, file.config, rule)
         for trace in traces:
@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> list[str]:
     check_output(args)
     cfg = config_io.load_config(args.config)
     traces = open_traces(args.traces, verify=args.verify)
+    check_distinct(traces)
     cases = read_cases(args, cfg, traces)
     total = len(cases) * sum(-(-trace.tokens // args.interval) for trace in traces)
     with cli.token_progress(total, "evaluate") as progress:
@@ -202,9 +203,13 @@ def _lines(
     k = 512 if 512 in args.ks else max(args.ks, default=0)
     of = content["traces"]
     lines = [f"{of['documents']:,} documents, {of['decisions']:,} decisions; {args.out / REPORT}"]
+    if of["documents"] == 1:
+        lines.append(report.NO_INTERVALS)
     for name, found in summaries.items():
         lines += ["", f"{name}: next {args.window} tokens, evictable entries, %"]
         lines += report.table(found, budgets, k)
+        if not found.curves:
+            lines.append(report.NO_PROBABILITIES)
     return [*lines, "", *report.difference_lines(content["differences"], budgets)]
 
 
@@ -225,7 +230,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     several = "runs, indexer files, exports; several are compared, each with the first"
-    add("--indexer", type=Path, nargs="+", required=True, metavar="FILE", help=several)
+    of = {"type": Path, "nargs": "+", "action": "extend", "required": True}
+    add("--indexer", **of, metavar="FILE", help=several)
     add("--out", type=Path, required=True, metavar="DIR", help="where the report goes")
     add("--overwrite", action="store_true", help="replaces the report that is there")
     study_options.add_study(parser)

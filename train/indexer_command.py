@@ -42,11 +42,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data",
         nargs="+",
+        action="extend",
         metavar="DIR",
-        help="trace sets to train on, in place of data.train",
+        help="trace sets to train on, in place of data.train; may be repeated",
     )
     parser.add_argument(
-        "--validation", nargs="+", metavar="DIR", help="in place of data.validation"
+        "--validation",
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="in place of data.validation; may be repeated",
     )
     parser.add_argument(
         "--coordinator", type=_coordinator, metavar="HOST:PORT", help="of the first process"

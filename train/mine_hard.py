@@ -3,32 +3,34 @@
     python -m train.mine_hard --indexer FILE [--indexer ..] --traces DIR --out F.npz
 
 Scores every fourth token with each indexer. An entry's score in a document is the highest logit
-that any indexer's layer gives it at any of these tokens at which it exists; of the entries that are
+that any indexer's layer gives it at any of these tokens at which it exists (of indexers with the
+score "softmax": the highest share, which is one scale for all of them); of the entries that are
 golden at no token of the document, the best 300 are kept (LSA spec 5.2). F.npz has them by trace
 name, best first, and under `_metadata` what made them, as JSON; `data.hard_negatives` of a training
 configuration names the file. The same input gives the same file.
 """
 
 import argparse
-import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lsa_jax import cli
+from lsa_jax.config import ConfigError
 from lsa_jax.config_checks import refusal
 from lsa_jax.lsa import indexer_config
 from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_io import from_file
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
-from train.export import leaf_digests, read_source
+from train.data.corpus import check_names
+from train.export import leaf_digests
 from train.outputs import check_file
 from train.quality.evaluation import Recording, decisions, open_traces
-from train.traces.columns import TraceError
+from train.study_options import read_indexer
 from train.traces.trace import Trace
 from train.traces.trace_info import digest
 
@@ -63,6 +65,16 @@ def hard_negatives(
     return order[best[order] > -np.inf].astype(np.int64)
 
 
+def check_scores(files: Mapping[Path, IndexerFile]) -> None:
+    """ConfigError where some say logits and others logarithms of shares: the highest of both would
+    be the logits' whatever the entries are."""
+    first, *others = files
+    for path in others:
+        if files[path].config.score != files[first].config.score:
+            got = ", ".join(f"{files[p].config.score!r} of {p}" for p in (first, path))
+            raise ConfigError(f"indexer.score must be one for all --indexer, got {got}")
+
+
 def write_hard(dst: Path, found: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Writes the file; it appears complete or not at all."""
     partial = dst.with_name(dst.name + ".partial")
@@ -83,9 +95,10 @@ def indexer_digest(indexer: IndexerFile) -> str:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m train.mine_hard", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    indexer = "run, indexer file or exported directory; may be given several times"
-    parser.add_argument("--indexer", type=Path, action="append", required=True, help=indexer)
-    parser.add_argument("--traces", type=Path, nargs="+", required=True, help="trace sets")
+    indexer = "runs, indexer files, exported directories; may be given several times"
+    several = {"type": Path, "nargs": "+", "action": "extend", "required": True}
+    parser.add_argument("--indexer", **several, help=indexer)
+    parser.add_argument("--traces", **several, help="trace sets; may be given several times")
     parser.add_argument("--out", type=Path, required=True, metavar="F.npz")
     parser.add_argument("--interval", type=int, default=4, help="tokens (default: 4)")
     parser.add_argument("--top-k", type=int, default=300, help="of a document (default: 300)")
@@ -102,12 +115,10 @@ def mine(args: argparse.Namespace) -> tuple[int, int]:
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already: delete it or choose another name")
     check_file("--out", args.out)
-    files = [read_source(path).indexer for path in args.indexer]
+    files = [read_indexer(path).indexer for path in args.indexer]
+    check_scores(dict(zip(args.indexer, files, strict=True)))
     indexers, traces = [from_file(file) for file in files], open_traces(args.traces)
-    names = sorted(trace.info.name for trace in traces)
-    repeated = [a for a, b in itertools.pairwise(names) if a == b]
-    if repeated:
-        raise TraceError(f"traces must have different names, got {repeated[0]} again")
+    check_names(traces)
     found: dict[str, np.ndarray] = {}
     with cli.token_progress(sum(trace.tokens for trace in traces), "mine") as progress:
         for trace in traces:

@@ -15,6 +15,7 @@ from lsa_jax.lsa.indexer_config import IndexerConfig
 from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.policy import PolicyConfig, check_threshold
 from train.data.labels import ResidentRule
+from train.export import Source, read_source
 from train.quality.baselines import PagePolicy
 from train.quality.pareto import DeviceRoom
 from train.traces.trace import Trace
@@ -60,9 +61,10 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         *("--traces", "-t"),
         type=Path,
         nargs="+",
+        action="extend",
         required=True,
         metavar="DIR",
-        help="trace sets, or single traces",
+        help="trace sets, or single traces; may be repeated",
     )
     add("--config", default="v4_flash", help="the traces' backbone: a preset, .toml, config.json")
     layout = f"bytes of an entry (default: {RUNNING_LAYOUT})"
@@ -108,6 +110,22 @@ def device_room(
         page_entries=rule.page_entries,
         lookahead=args.window,
     )
+
+
+def read_indexer(path: Path, cfg: ModelConfig | None = None, *, named: str = "") -> Source:
+    """The indexer that --indexer gives, held to the backbone, if any, that --config calls `named`.
+
+    Raises as `read_source`, naming the option to change.
+    """
+    if not path.exists():
+        wanted = "a run's directory, an indexer file or an export"
+        raise FileNotFoundError(f"--indexer must be {wanted}, got {str(path)!r}: nothing is there")
+    try:
+        return read_source(path, cfg)
+    except CheckpointError as why:
+        if "must be the model's" not in str(why):
+            raise
+        raise CheckpointError(f"{why} (the model is --config {named})") from None
 
 
 def calibration_of(path: Path, file: IndexerFile) -> Calibration | None:

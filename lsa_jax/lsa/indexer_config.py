@@ -29,6 +29,10 @@ to a constant that is each token's own, so only a softmax compares what several 
 
 ENSEMBLE_LEAF = "ensemble.weight"
 
+MAX_LOOKBACK = 512
+"""More tokens than a question has. Every request keeps their hidden states on the device, and every
+sample of training has them: without a bound a slip of the keyboard is out of memory."""
+
 _SIZES = ("hidden_size", "n_heads", "q_lora_rank", "head_dim", "rope_head_dim")
 _LAYER_LEAVES = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
 
@@ -61,6 +65,7 @@ class IndexerConfig:
         for name in (*_SIZES, "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
+        check_lookback(self.lookback)
         for name in ("rope_theta", "norm_eps"):
             if number(f"indexer.{name}", getattr(self, name), float) <= 0:
                 raise refusal(f"indexer.{name}", getattr(self, name), "> 0")
@@ -117,6 +122,12 @@ class IndexerConfig:
                     f" got {ordinal}{hint}"
                 )
         return tuple(layers[ordinal] for ordinal in self.target_layers)
+
+
+def check_lookback(tokens: int) -> None:
+    """Raises ConfigError where a fire would ask more than `MAX_LOOKBACK` tokens."""
+    if tokens > MAX_LOOKBACK:
+        raise refusal("indexer.lookback", tokens, f"<= {MAX_LOOKBACK}")
 
 
 def _of_model(model: ModelConfig) -> dict[str, Any]:

@@ -40,12 +40,9 @@ class Corpus:
             raise TraceError("a corpus must have at least one finished trace, got none")
         self.traces, self.hard = tuple(traces), dict(hard or {})
         self.target_layers = _common_layers(traces, target_layers)
-        names: dict[str, Trace] = {}
         for trace in traces:
             _check_alike(traces[0], trace)
-            if names.setdefault(trace.info.name, trace) is not trace:
-                both = f"{names[trace.info.name].path}, {trace.path}"
-                raise TraceError(f"traces must have different names: {both}")
+        check_names(traces)
         self._counts: dict[tuple[SamplingConfig, int], list[SampleCounts]] = {}
 
     @classmethod
@@ -118,6 +115,22 @@ class Corpus:
             with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 self._counts[key] = list(pool.map(count, range(len(self.traces))))
         return self._counts[key]
+
+
+def check_names(traces: Sequence[Trace]) -> None:
+    """TraceError where two traces have one name, by which hard negatives are found; or are one."""
+    names: dict[str, Trace] = {}
+    for trace in traces:
+        first = names.setdefault(trace.info.name, trace)
+        if first is trace:
+            continue
+        if first.path.resolve() == trace.path.resolve():
+            raise TraceError(f"traces must be given once, got {trace.path} twice")
+        both = f"{first.path.parent} and in {trace.path.parent}"
+        cure = "train.dump_traces --start N numbers documents from N"
+        raise TraceError(
+            f"traces must have different names, got {trace.info.name} in {both} ({cure})"
+        )
 
 
 def _common_layers(traces: Sequence[Trace], target_layers: Sequence[int] | None) -> tuple[int, ...]:

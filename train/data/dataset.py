@@ -23,9 +23,7 @@ from train.data.maker import BatchMaker, OrderConfig, Orders, Recipe
 from train.data.order import SampleTable
 from train.data.sample_counts import SIZE_MULTIPLE, padded_sizes
 from train.data.workers import Ahead
-from train.traces.columns import TraceError
-from train.traces.trace import Trace
-from train.traces.trace_info import digest
+from train.traces.trace_info import check_consecutive, digest
 
 _READ = 0.25  # of a group's batches: until then the next group's documents are only read
 
@@ -157,6 +155,7 @@ class Batches:
         tokens = np.array([trace.tokens for trace in traces], np.int64)
         self._hidden_bytes = tokens * np.prod(self._hidden_shape) * column.numpy_dtype.itemsize
         self._order_digest = _order_digest(corpus, data, sampling)
+        self._sets = sorted({str(trace.path.parent) for trace in traces})
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "hidden-ahead")
         self._iterator: Ahead[Drawn] | None = None
         self._group: tuple[int, int] | None = None
@@ -243,8 +242,11 @@ class Batches:
         ConfigError where the state is of other data or of another order.
         """
         if state.keys() != {"next_step", "order"} or state["order"] != self._order_digest:
-            wanted = "one of the same traces, batch size, sampling and seeds"
-            raise refusal("the data's state", dict(state), wanted)
+            wanted = "the traces and hard negatives that the run began with, and its [sampling],"
+            raise ConfigError(
+                f"data.train must have {wanted} batch size and seed, got others in"
+                f" {', '.join(self._sets)}: put them back, or choose another --out"
+            )
         steps = self.steps_per_epoch * self.epochs
         if not 0 <= number("next_step of the data's state", state["next_step"], int) <= steps:
             raise refusal("next_step of the data's state", state["next_step"], f"in 0..{steps}")
@@ -301,16 +303,7 @@ def batches(
         )
     if number("epochs", epochs, int) < 1:
         raise refusal("epochs", epochs, ">= 1")
-    if lookback > 1:
-        for trace in corpus.traces:
-            _check_consecutive(trace)
+    for trace in corpus.traces if lookback > 1 else ():
+        check_consecutive(trace.path, trace.read("positions"))
     options = {"process": process, "epochs": epochs, "lookback": lookback}
     return Batches(corpus, data, sampling, **options)
-
-
-def _check_consecutive(trace: Trace) -> None:
-    steps = np.diff(trace.read("positions"))
-    gaps = np.flatnonzero(steps != 1)
-    if len(gaps):
-        wanted, got = "consecutive for indexer.lookback > 1", f"a step of {steps[gaps[0]]}"
-        raise TraceError(f"{trace.path}: positions must be {wanted}, got {got} at {gaps[0]}")

@@ -20,7 +20,7 @@ from train.quality.metrics import MetricsConfig, Tally, add_tallies, named_score
 from train.quality.scoring import Scorer
 from train.traces.columns import TraceError
 from train.traces.trace import MANIFEST, Trace, finished_traces, open_trace
-from train.traces.trace_info import Keys, indexer_fields
+from train.traces.trace_info import Keys, check_consecutive, indexer_fields
 
 _BLOCK = 64  # decisions whose logits are on the host at once
 
@@ -88,14 +88,29 @@ def open_traces(directories: Sequence[Path], *, verify: bool = False) -> list[Tr
     return [open_trace(path, verify=verify) for path in paths]
 
 
+def check_distinct(traces: Sequence[Trace]) -> None:
+    """TraceError where two traces hold the same arrays: intervals are over documents, and one that
+    counted twice would make them too narrow."""
+    found: dict[tuple[str, ...], Trace] = {}
+    for trace in traces:
+        arrays = tuple(trace.columns[name].sha256 for name in sorted(trace.columns))
+        first = found.setdefault(arrays, trace)
+        if first is not trace:
+            got = f"the same arrays in {first.path} and {trace.path}"
+            raise TraceError(f"traces must be of different documents, got {got}")
+
+
 def check_trace(cfg: IndexerConfig, trace: Trace) -> None:
-    """TraceError where an indexer cannot score a trace's keys with its hidden states."""
+    """TraceError where an indexer cannot score a trace's keys with its hidden states, or where
+    tokens that it asks are missing."""
     hidden, keys = (trace.columns[name].shape[2] for name in ("hidden", "keys"))
     wanted = indexer_fields(trace.info, hidden_size=hidden, head_dim=keys)
     for name in ("hidden_size", "head_dim", "rope_head_dim", "rope_theta", "yarn"):
         if getattr(cfg, name) != wanted[name]:
             got = f"the trace's is {wanted[name]!r}, the indexer's {getattr(cfg, name)!r}"
             raise TraceError(f"{trace.path}: {name} must be the indexer's: {got}")
+    if cfg.lookback > 1:
+        check_consecutive(trace.path, trace.read("positions"))
     missing = set(cfg.target_layers) - set(trace.info.target_layers)
     if missing:
         got = f"got {list(trace.info.target_layers)}"

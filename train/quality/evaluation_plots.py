@@ -80,5 +80,8 @@ def calibration(summaries: Mapping[str, Summary], *, dpi: int = 150) -> Figure:
             _line(axes, expected, curve.observed, label=f"{arm}, gap {100 * curve.error.value:.1f}")
         axes.set(xlabel="mean score (%)", ylabel="golden (%)", title=name)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        if found.curves:
+            axes.legend(fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "shares, not probabilities", ha="center", transform=axes.transAxes)
     return figure

@@ -14,6 +14,8 @@ from train.quality.study import CANDIDATES, WINDOW, ArmResult, Study
 
 SCHEMA = 1
 ALL_LENGTHS = "all"
+NO_INTERVALS = "figures are without intervals, which want two documents or more"
+NO_PROBABILITIES = "no calibration curve: its scores are shares of attention, not probabilities"
 _DEVICE = ("share", "pages", "below_floor")
 Figures = dict[str, Interval]
 
@@ -207,8 +209,9 @@ def difference_lines(differences: Mapping[str, Any], budgets: Sequence[str]) -> 
         cells = []
         for metric in (f"{m}@{b}" for m in ("recall", "mass") for b in budgets):
             value, low, high = figures.get(_of_window(metric), (None, None, None))
-            if value is not None and low is not None and high is not None:
-                mark = "*" if low > 0 or high < 0 else ""
+            if value is not None:  # bounds are not there with a single document
+                sure = low is not None and high is not None and (low > 0 or high < 0)
+                mark = "*" if sure else ""
                 cells.append(f"{metric} {100 * value:+.1f}{mark}")
         lines.append(f"{pair}: {', '.join(cells)}")
     return ["differences of the deployed scores (*: interval without 0):", *lines] if lines else []

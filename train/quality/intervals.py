@@ -24,12 +24,11 @@ class Interval(NamedTuple):
     high: float
 
     def percent(self, digits: int = 1) -> str:
-        """For people: "61.1 [58.0, 63.9]", without bounds "61.1 [-]", undefined "-"."""
+        """For people: "61.1 [58.0, 63.9]", without bounds "61.1", undefined "-"."""
         if math.isnan(self.value):
             return "-"
-        bounds = (f"{100 * x:.{digits}f}" for x in (self.low, self.high))
-        inside = "-" if math.isnan(self.low) else ", ".join(bounds)
-        return f"{100 * self.value:.{digits}f} [{inside}]"
+        value, *bounds = (f"{100 * x:.{digits}f}" for x in self)
+        return value if math.isnan(self.low) else f"{value} [{', '.join(bounds)}]"
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

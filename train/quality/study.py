@@ -82,7 +82,8 @@ def tau_name(before: int, tau: int) -> str:
 @dataclasses.dataclass
 class ArmResult:
     """Of one arm, by document: sums named "<horizon>/<candidates>/<metric>", and, of
-    probabilities, what `calibration_sums` gives for each of `CANDIDATES`, [2, bins, 3]."""
+    probabilities (not of shares), what `calibration_sums` gives for each of `CANDIDATES`,
+    [2, bins, 3]."""
 
     tallies: list[Tally] = dataclasses.field(default_factory=list)
     calibration: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -144,7 +145,7 @@ def _judged(
             sums: Tally = {}
             if horizon == WINDOW:
                 sums = entry_sums(scores, labels, cfg)
-                if scores.probability:
+                if scores.probability and score == "sigmoid":  # shares are no probabilities
                     calibration[name] = _bins(scores, labels, cfg, protocol.bins)
             if horizon == WINDOW or name in aged:
                 sums |= set_sums(scores, labels, mass, pages, cfg)

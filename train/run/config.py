@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
-from lsa_jax.lsa.indexer_config import Ensemble, QueryMode, Score
+from lsa_jax.lsa.indexer_config import Ensemble, QueryMode, Score, check_lookback
 from train import tables
 from train.data.dataset import DataConfig
 from train.data.labels import SamplingConfig
-from train.run.losses import ObjectiveConfig
-from train.run.optimizer import OptimizerConfig
+from train.run.checks import check_program
+from train.run.losses import OF_MASS, ObjectiveConfig
+from train.run.optimizer import OptimizerConfig, check_warmup
 
 InitKind = Literal["random", "native", "indexer"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -53,6 +54,7 @@ class IndexerOptions:
         for name in ("n_heads", "q_lora_rank", "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
+        check_lookback(self.lookback)
         _check_word("indexer.ensemble", self.ensemble, Ensemble)
         _check_word("indexer.query_mode", self.query_mode, QueryMode)
         _check_word("indexer.score", self.score, Score)
@@ -132,9 +134,13 @@ class TrainConfig:
         if pages > 1 and pages != drawn:
             wanted = "1, or sampling.resident.page_entries with sampling.unit = 'page'"
             raise refusal("objective.page_entries", pages, wanted)
-        if self.indexer.ensemble == "learned" and not self.objective.on_ensemble:
-            wanted = "> 0, as indexer.ensemble is learned"
-            raise refusal("objective.on_ensemble", self.objective.on_ensemble, wanted)
+        for name in OF_MASS:
+            if getattr(self.objective, name) and not self.data.mass:
+                raise refusal("data.mass", self.data.mass, f"true with objective.{name}")
+        # What no data can change is refused before any is read.
+        check_program(self.indexer, self.objective, self.run.log_n_reference)
+        if self.run.steps:
+            check_warmup(self.optimizer, self.run.steps)
 
 
 def load_train_config(source: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -4,9 +4,11 @@ import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lsa_jax import model_io
 from lsa_jax.checkpoint import store
@@ -19,6 +21,8 @@ from lsa_jax.lsa.widening import widen
 from train.data.corpus import Corpus
 from train.run.checkpoints import CHECKPOINTS, load_params
 from train.run.config import TrainConfig
+from train.run.optimizer import TrainState
+from train.run.step import Step, StepConfig
 from train.traces.trace_info import fingerprint, indexer_fields, weights_digest
 
 Leaves = dict[str, np.ndarray]
@@ -116,3 +120,26 @@ def initial_indexer(cfg: TrainConfig, corpus: Corpus) -> tuple[IndexerConfig, Le
     if cfg.init.kind == "indexer":
         return file_leaves(wanted, Path(cfg.init.path))
     return wanted, random_leaves(wanted, cfg.run.seed)
+
+
+class Start(NamedTuple):
+    """What a run has before its first step."""
+
+    indexer: IndexerConfig
+    step: Step
+    state: TrainState  # which the first step takes over
+
+
+def step_of(cfg: TrainConfig, indexer: IndexerConfig, total: int, mesh: Mesh) -> Step:
+    """The step of a run of `total` steps; ConfigError where it cannot be meant."""
+    parts = {"objective": cfg.objective, "optimizer": cfg.optimizer, "total": total}
+    run = cfg.run
+    options = {"compute_dtype": run.compute_dtype, "log_n_reference": run.log_n_reference}
+    return Step(StepConfig(indexer=indexer, **parts, **options), mesh)
+
+
+def begin_with(cfg: TrainConfig, corpus: Corpus, total: int, mesh: Mesh) -> Start:
+    """What a run begins with, on the devices; writes nothing."""
+    indexer, leaves = initial_indexer(cfg, corpus)
+    step = step_of(cfg, indexer, total, mesh)
+    return Start(indexer, step, step.init(leaves))

@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from lsa_jax import shardings
 from lsa_jax.config import ConfigError
-from lsa_jax.lsa.indexer_config import IndexerConfig
 from lsa_jax.lsa.indexer_file import IndexerFile, write_indexer
 from lsa_jax.lsa.memory_indexer import MemoryIndexer
 from train.data.batch import Batch
@@ -33,12 +32,12 @@ from train.quality.metrics import MetricsConfig, add_tallies
 from train.run import checkpoints
 from train.run.checkpoints import INDEXER, Checkpoints, Progress
 from train.run.config import TrainConfig
-from train.run.initial import initial_indexer
+from train.run.initial import Start, begin_with, step_of
 from train.run.interrupts import NotedSignals
 from train.run.key_pool import KeyPool
 from train.run.progress import VALIDATION, MetricsLog, TensorBoard, Window
 from train.run.splits import open_batches
-from train.run.step import Report, Step, StepConfig, Taken, check_rows, taken_from
+from train.run.step import Report, Taken, check_rows, taken_from
 from train.run.validation import check_top
 
 AHEAD = 8  # batches that are on the devices before their steps: workers deliver unevenly
@@ -65,13 +64,6 @@ class TrainingError(ConfigError):
     """A run that cannot go on; what it reached is saved."""
 
 
-def _step(cfg: TrainConfig, indexer: IndexerConfig, total: int, mesh: Mesh) -> Step:
-    parts = {"objective": cfg.objective, "optimizer": cfg.optimizer, "total": total}
-    run = cfg.run
-    options = {"compute_dtype": run.compute_dtype, "log_n_reference": run.log_n_reference}
-    return Step(StepConfig(indexer=indexer, **parts, **options), mesh)
-
-
 class _Run:
     """The moving parts of one call of `train`."""
 
@@ -84,6 +76,7 @@ class _Run:
         pool: KeyPool,
         total: int,
         mesh: Mesh,
+        start: Start | None,
     ) -> None:
         self.cfg, self.saved, self.data, self.total = cfg, saved, data, total
         self.pool = pool
@@ -92,9 +85,8 @@ class _Run:
         self.skipped_in_a_row, self.asked_to_stop = 0, False
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         if saved.latest is None:
-            self.indexer, leaves = initial_indexer(cfg, corpora["train"])
-            self.step = _step(cfg, self.indexer, total, mesh)
-            self.state = self.step.init(leaves)
+            start = start or begin_with(cfg, corpora["train"], total, mesh)
+            self.indexer, self.step, self.state = start
             self.progress = Progress(
                 step=0, data=data.get_state(), config_digest=checkpoints.config_digest(cfg)
             )
@@ -104,7 +96,7 @@ class _Run:
                 raise ConfigError(
                     "the newest checkpoint must be of the run's configuration, got another digest"
                 )
-            self.step = _step(cfg, self.indexer, total, mesh)
+            self.step = step_of(cfg, self.indexer, total, mesh)
             data.set_state(self.progress.data)
         self.window = Window(cfg.data.batch_size)
 
@@ -271,16 +263,13 @@ def _writers(run: Path, step: int, *, tensorboard: bool) -> Iterator[list[Any]]:
             writer.close()
 
 
-def _begin(cfg: TrainConfig, run: Path, held: contextlib.ExitStack) -> Mesh:
-    """Makes or checks the run's directory, once, and locks it; returns the mesh of all devices."""
-    mesh = shardings.make_mesh(data=jax.device_count())
-    check_rows(cfg.data.batch_size, mesh, cfg.optimizer.accumulate)
+def _begin(cfg: TrainConfig, run: Path, held: contextlib.ExitStack) -> None:
+    """Makes or checks the run's directory, once, and locks it."""
     if jax.process_index() == 0:
         held.enter_context(checkpoints.exclusive(run))
         checkpoints.begin(run, cfg)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("begun")
-    return mesh
 
 
 def _silent(total: int) -> contextlib.AbstractContextManager[Shown]:
@@ -314,16 +303,21 @@ def train(
     TrainingError, the state saved, after too many steps in a row without finite gradients.
     """
     check_top(cfg, corpora.get("validation"))
+    mesh = shardings.make_mesh(data=jax.device_count())
+    check_rows(cfg.data.batch_size, mesh, cfg.optimizer.accumulate)
     with contextlib.ExitStack() as held:
-        mesh = _begin(cfg, run, held)
         data, total = open_batches(cfg, corpora["train"])
+        held.callback(data.close)
+        start = None
+        if not checkpoints.finished_steps(run):  # what cannot begin leaves no directory
+            start = begin_with(cfg, corpora["train"], total, mesh)
+        _begin(cfg, run, held)
         with (
-            contextlib.closing(data),
             contextlib.closing(KeyPool(corpora["train"], cfg.data, data.table, mesh)) as pool,
             Checkpoints(run, keep=cfg.run.keep) as saved,
             NotedSignals() as signals,
         ):
-            moving = _Run(cfg, corpora, saved, data, pool, total, mesh)
+            moving = _Run(cfg, corpora, saved, data, pool, total, mesh, start)
             writers = _writers(run, moving.progress.step, tensorboard=tensorboard)
             with writers as moving.writers, progress(total) as shown:
                 moving.run(signals, shown, observe)

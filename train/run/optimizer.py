@@ -66,15 +66,20 @@ class Applied(NamedTuple):
     taken: Bool[Array, ""]
 
 
+def check_warmup(cfg: OptimizerConfig, total: int) -> None:
+    """ConfigError where a run of so many steps would end in its warmup."""
+    if cfg.warmup_steps >= total:
+        raise refusal("optimizer.warmup_steps", cfg.warmup_steps, f"below the run's {total} steps")
+
+
 def schedule(cfg: OptimizerConfig, total: int) -> optax.Schedule:
     """Update number, from 0, -> learning rate: linear over the warmup, then a cosine to 0.
 
     Without warmup the rate of update k is rate (1 + cos(pi k / total)) / 2. The warmup's first rate
     is not 0, which would be a step for nothing.
     """
+    check_warmup(cfg, total)
     warmup = cfg.warmup_steps
-    if warmup >= total:
-        raise refusal("optimizer.warmup_steps", warmup, f"below the run's {total} steps")
     cosine = optax.cosine_decay_schedule(cfg.learning_rate, total - warmup)
     if not warmup:
         return cosine

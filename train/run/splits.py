@@ -13,6 +13,7 @@ from train.data.labels import SamplingConfig
 from train.run.config import TrainConfig
 from train.run.losses import OF_MASS
 from train.traces.trace import Trace
+from train.traces.trace_info import check_consecutive
 
 
 def open_corpora(cfg: TrainConfig) -> dict[str, Corpus]:
@@ -32,6 +33,8 @@ def open_corpora(cfg: TrainConfig) -> dict[str, Corpus]:
             # Refuses, naming both, what differs in what an indexer depends on.
             first = _renamed(corpora[name].traces[0])
             Corpus([train.traces[0], first], train.target_layers)
+            for trace in corpora[name].traces if cfg.indexer.lookback > 1 else ():
+                check_consecutive(trace.path, trace.read("positions"))
     if cfg.sampling.vote_weighting:
         _check_votes(cfg.sampling, train.traces)
     for name in OF_MASS:

@@ -19,6 +19,7 @@ from lsa_jax.shardings import batch_sharding
 from train.data.batch import Batch, Drawn, Targets
 from train.data.dataset import Batches, Demand
 from train.run import losses, optimizer
+from train.run.checks import check_program
 from train.run.forward import compute_leaves, indexer_logits, log_length_scale
 from train.run.key_pool import KeyPlanes, gather
 from train.run.losses import ObjectiveConfig
@@ -126,24 +127,7 @@ class StepConfig:
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise refusal("run.compute_dtype", self.compute_dtype, "bfloat16 or float32")
-        kind, objective = self.indexer.ensemble, self.objective
-        if objective.on_ensemble and objective.ensemble != kind:
-            raise refusal("objective.ensemble", objective.ensemble, f"indexer.ensemble, {kind!r}")
-        if kind == "learned" and not objective.on_ensemble:
-            wanted = "> 0, as indexer.ensemble is learned"
-            raise refusal("objective.on_ensemble", objective.on_ensemble, wanted)
-        if objective.on_ensemble and self.indexer.score == "softmax":
-            raise refusal("objective.on_ensemble", objective.on_ensemble, "0 with shares")
-        if self.log_n_reference:
-            if self.log_n_reference < 2:
-                raise refusal("run.log_n_reference", self.log_n_reference, "0 or >= 2")
-            if self.indexer.lookback > 1:  # tokens' shares would weigh otherwise than when served
-                raise refusal(
-                    "indexer.lookback", self.indexer.lookback, "1 with run.log_n_reference"
-                )
-            if kind == "mean":  # of probabilities: scaled logits would change its order
-                wanted = "max or learned with run.log_n_reference"
-                raise refusal("indexer.ensemble", kind, wanted)
+        check_program(self.indexer, self.objective, self.log_n_reference)
 
 
 class Report(NamedTuple):

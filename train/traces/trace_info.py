@@ -195,3 +195,13 @@ def formation_steps(positions: np.ndarray, entries: int, csa_ratio: int) -> np.n
     """
     last_tokens = np.arange(1, entries + 1) * csa_ratio - 1
     return np.searchsorted(positions, last_tokens).astype(np.int32)
+
+
+def check_consecutive(path: Path, positions: np.ndarray) -> None:
+    """TraceError where tokens are missing between those of a trace: an indexer that looks back
+    would ask others than when it serves."""
+    steps = np.diff(positions)
+    gaps = np.flatnonzero(steps != 1)
+    if len(gaps):
+        wanted, got = "consecutive for indexer.lookback > 1", f"a step of {steps[gaps[0]]}"
+        raise TraceError(f"{path}: positions must be {wanted}, got {got} at {gaps[0]}")
