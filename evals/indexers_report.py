@@ -125,8 +125,9 @@ class Tables:
     def text(self, place: Place) -> str:
         """All tables, with what they are of."""
         documents, settings = self.first.documents[ALL_LENGTHS], place.settings
+        lengths = " and ".join(f"{tokens:,}" for tokens in settings["tokens"])
         words = (
-            f"{documents} held-out documents of {settings['tokens']:,} tokens,"
+            f"{documents} held-out documents of {lengths} tokens,"
             f" {self.studies[next(iter(self.studies))].decisions:,} decisions; trained on"
             f" {settings['documents']} others, {settings['steps']:,} steps of"
             f" {settings['batch_size']} at {settings['learning_rate']:g},"

@@ -8,6 +8,7 @@ import pytest
 
 from evals import indexers
 from evals.indexers_checks import check_sets
+from evals.indexers_documents import SPLITS, dump, key, prompts
 from evals.indexers_report import pooled
 from evals.tasks.examples import example
 from lsa_jax import model_io
@@ -69,19 +70,49 @@ def content(root: Path) -> dict:
 
 
 def test_documents_are_haystacks_with_all_questions_and_answers_of_their_split(root) -> None:
-    for name, split in indexers.SPLITS.items():
+    for name, split in SPLITS.items():
         lines = (root / "out" / "prompts" / f"{name}.jsonl").read_text().splitlines()
         assert [json.loads(line)["task"] for line in lines] == [*TASKS]
         for index, line in enumerate(map(json.loads, lines)):
-            rng = np.random.default_rng(indexers.key(split, suite_models.LENGTH, 0, index))
+            rng = np.random.default_rng(key(split, suite_models.LENGTH, 0, index))
             made = example(TASKS[index], rng, suite_models.LENGTH, 2, split)
             assert line["ids"] == made.haystack.tolist()
             asked = [*map(int, np.concatenate([(*q.prompt, *q.answer) for q in made.questions]))]
             assert line["answer"] == asked and len(made.questions) == 2
 
 
+def test_rounds_of_training_have_more_of_some_tasks_and_lengths_in_turn(root: Path) -> None:
+    options = ("--tokens", "480,600", "--more", "vt,vt", "--documents", "9", "--held-out", "4")
+    args = indexers._parse(command(root, root / "none", *options))
+    lines = {name: [*map(json.loads, prompts(args, name).splitlines())] for name in SPLITS}
+    round_of_training = [*TASKS, "vt", "vt"]
+    assert [line["task"] for line in lines["train"]] == [*round_of_training * 2, TASKS[0]]
+    assert [line["task"] for line in lines["held_out"]] == [*TASKS, *TASKS]
+    for name, each in (("train", 4), ("held_out", 2)):
+        for index, line in enumerate(lines[name]):
+            tokens = (480, 600)[index // each % 2]
+            rng = np.random.default_rng(key(SPLITS[name], tokens, 0, index))
+            made = example(line["task"], rng, tokens, 2, SPLITS[name])
+            assert line["ids"] == made.haystack.tolist()
+
+
+def test_processes_with_a_part_each_make_the_traces_of_one(root: Path, capsys) -> None:
+    out = root / "parts"
+    with compiled_once(root / "programs"):
+        for index in (1, 2, 3):  # of two documents: one has none
+            assert indexers.main(command(root, out, "--part", f"{index}/3")) == 0
+    assert not (out / "runs").exists() and "part 3 of 3 is done" in capsys.readouterr().out
+    args = indexers._parse(command(root, out))
+    for name in SPLITS:
+        dump(args, name, prompts(args, name))
+        for path in finished_traces(out / "traces" / name):
+            whole = root / "out" / "traces" / name / path.name / "trace.json"
+            assert (path / "trace.json").read_bytes() == whole.read_bytes()
+    assert "loading" not in capsys.readouterr().err  # nothing was left to make
+
+
 def test_what_is_recorded_is_the_replayed_text(root: Path) -> None:
-    for name in indexers.SPLITS:
+    for name in SPLITS:
         lines = (root / "out" / "prompts" / f"{name}.jsonl").read_text().splitlines()
         traces = open_traces([root / "out" / "traces" / name])
         assert len(traces) == 2
@@ -103,11 +134,11 @@ def test_recipes_differ_in_what_they_set_and_seeds_in_seeds_only(root: Path) -> 
 
     def changed(one: dict, other: dict, prefix: str = "") -> set[str]:
         found: set[str] = set()
-        for key, value in one.items():
+        for name, value in one.items():
             if isinstance(value, dict):
-                found |= changed(value, other[key], f"{prefix}{key}.")
-            elif value != other[key]:
-                found.add(prefix + key)
+                found |= changed(value, other[name], f"{prefix}{name}.")
+            elif value != other[name]:
+                found.add(prefix + name)
         return found
 
     seeds = {"run.seed", "data.seed", "sampling.seed"}
@@ -164,7 +195,7 @@ def test_the_table_has_a_row_for_every_arm_and_a_column_for_every_budget(root, c
 def test_a_second_call_makes_nothing_again_and_finds_the_same(root: Path, capsys) -> None:
     out = root / "out"
     made = [*out.glob("prompts/*"), *out.glob("runs/*/indexer.safetensors")]
-    made += [path / "trace.json" for name in indexers.SPLITS
+    made += [path / "trace.json" for name in SPLITS
              for path in finished_traces(out / "traces" / name)]  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in made}
     report = (out / "report.json").read_text()
@@ -187,7 +218,7 @@ def refusal(capsys, argv: list[str]) -> str:
 
 def test_other_documents_and_other_training_are_refused_by_name(root: Path, capsys) -> None:
     line = refusal(capsys, command(root, root / "out", "--tokens", "500"))
-    assert "tokens = 480, now 500" in line
+    assert "tokens = [480], now [500]" in line
     line = refusal(capsys, command(root, root / "out", "--steps", "4"))
     assert "run.steps = 3, now 4" in line
 

@@ -27,11 +27,16 @@ KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": 
 SUITES = "mini (default): generated tasks; official: files of benchmarks that are given"
 
 
+def separated[T](convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """Values separated by commas, each as `convert` reads it."""
+    return lambda text: tuple(convert(part) for part in text.split(","))
+
+
 def listed[T](convert: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     """Distinct values separated by commas, each as `convert` reads it."""
 
     def read(text: str) -> tuple[T, ...]:
-        found = tuple(convert(part) for part in text.split(","))
+        found = separated(convert)(text)
         if len(set(found)) < len(found):
             raise argparse.ArgumentTypeError(f"must be distinct values, got {text!r}")
         return found

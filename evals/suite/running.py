@@ -1,6 +1,7 @@
 """The loop of a run: haystacks in order, one prefill each, the answers that are still missing."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -112,7 +113,7 @@ def run(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes beside `path` and renames."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Writes beside `path` and renames; other processes may do so too."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, "utf-8")
     partial.replace(path)
