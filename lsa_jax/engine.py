@@ -300,6 +300,7 @@ class Engine:
             if at not in self._programs:
                 begin = time.perf_counter()
                 program = getattr(self, f"_{name}")(*static)
+                program.__name__ = name  # in profiles, and in what XLA writes down
                 donate = () if name == "sample" else (1,)
                 jitted = jax.jit(program, donate_argnums=donate)
                 self._programs[at] = jitted.lower(self._weights, state, *dynamic).compile()
