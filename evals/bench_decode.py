@@ -151,10 +151,7 @@ def base_of(found: Outcome, outcomes: Sequence[Outcome]) -> Outcome:
 
 def bench(args: argparse.Namespace) -> bool:
     """Runs all cases and prints the table; whether all tokens are the same."""
-    weights = embedded.find() if args.ckpt is None else None
-    if args.ckpt is None and weights is None:
-        raise ConfigError("--ckpt must be given: the package has no weights")
-    ckpt = weights.checkpoint if weights else args.ckpt
+    ckpt = args.ckpt or _embedded()
     cfg = model_io.read_config(ckpt)
     cases = [Case(attention, backend) for attention in args.attention for backend in args.backends]
     outcomes: list[Outcome] = []
@@ -172,6 +169,13 @@ def bench(args: argparse.Namespace) -> bool:
     print(f"{ckpt}, {args.tokens:,} tokens; {first.device}, JAX {first.jax}")
     print("\n".join(table(outcomes)))
     return all(found.ids == base_of(found, outcomes).ids for found in outcomes)
+
+
+def _embedded() -> Path:
+    weights = embedded.find()
+    if weights is None:
+        raise ConfigError("--ckpt must be given: the package has no weights")
+    return weights.checkpoint
 
 
 def content(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
