@@ -8,8 +8,8 @@ ids, or with --task a question of `evals.tasks` to a long text, which a trained 
 without doubt. Rounding may flip a random model's tokens, so the first that differs is printed. The
 first backend is what the others are held to: name "xla", the definition, first. On NVIDIA GPUs XLA
 writes down which kernels of a step it launches in CUDA graphs (--xla_dump_to, while it compiles);
-those in loops within a step count once. Exit codes: 0, 1 where a case's tokens differ, 2 after an
-error.
+those in loops within a step count once, and a program that JAX's compilation cache has is not
+written down. Exit codes: 0, 1 where a case's tokens differ, 2 after an error.
 """
 
 import argparse
@@ -25,13 +25,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from evals.suite.cases import TASKS
+from evals.suite.cases import TASKS, check_tasks
 from evals.suite.options import listed, one_of
+from evals.suite.running import write_text
 from evals.tasks.examples import example
 from evals.thunks import Launches, launches_of_a_step
 from infer import arguments, embedded
 from lsa_jax import cli, model_io
 from lsa_jax.config import Backend, ConfigError
+from train.outputs import check_file
 
 ATTENTIONS = ("full", "lsa")
 STEP_PROGRAMS = {"full": "decode", "lsa": "cycle"}
@@ -85,6 +87,7 @@ def run(args: argparse.Namespace, case: Case, prompt: Path, folder: Path) -> Out
     """Runs a case; ConfigError, with the command's own last line, where it fails."""
     out, dump = folder / "out.json", folder / "dump"
     pattern = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*_{STEP_PROGRAMS[case.attention]}.*"
+    # There is no other way to ask for it, and XLA reads it as a process starts.
     flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {pattern}"}
     child = subprocess.run(
         command(args, case, prompt, out),
@@ -153,6 +156,10 @@ def bench(args: argparse.Namespace) -> bool:
     """Runs all cases and prints the table; whether all tokens are the same."""
     ckpt = args.ckpt or _embedded()
     cfg = model_io.read_config(ckpt)
+    if args.json is not None:
+        check_file("--json", args.json)
+    if args.task is not None:
+        check_tasks(cfg, (args.task,), (args.tokens,))
     cases = [Case(attention, backend) for attention in args.attention for backend in args.backends]
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +171,7 @@ def bench(args: argparse.Namespace) -> bool:
             inner.mkdir()
             outcomes.append(run(args, case, prompt, inner))
             if args.json is not None:  # after every case: a later one may take the machine down
-                args.json.write_text(json.dumps(content(args, outcomes), indent=1), "utf-8")
+                write_text(args.json, json.dumps(content(args, outcomes), indent=1))
     first = outcomes[0]
     print(f"{ckpt}, {args.tokens:,} tokens; {first.device}, JAX {first.jax}")
     print("\n".join(table(outcomes)))

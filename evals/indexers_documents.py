@@ -67,7 +67,7 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add("--page-entries", type=whole, default=4, help="default 4")
     add("--prefill-chunk", type=whole, default=1024, help="tokens; default 1024")
     add("--layout", choices=get_args(Layout), default="planes640", help="default planes640: fp8")
-    help_ = "records every N-th part of the documents and ends; without it, the command goes on"
+    help_ = "records the I-th of N parts of the documents, and ends; the command without it goes on"
     add("--part", type=part, default=WHOLE, metavar="I/N", help=help_)
 
 
@@ -84,7 +84,7 @@ def document(task: str, split: Split, tokens: int, questions: int, seed: int, in
     """
     rng = np.random.default_rng(key(split, tokens, seed, index))
     made = example(task, rng, tokens, questions, split)
-    asked = [part for question in made.questions for part in (question.prompt, question.answer)]
+    asked = [ids for question in made.questions for ids in (question.prompt, question.answer)]
     line = {"ids": made.haystack.tolist(), "answer": np.concatenate(asked).tolist()}
     return json.dumps(line | {"task": task, "split": split, "index": index})
 

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from pallas_kernels.targets import LIBTPU_ENVIRONMENT
 
 
 def pytest_configure() -> None:
@@ -28,6 +31,20 @@ def compiled_quickly() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def devices_elsewhere() -> Iterator[None]:
+    """For files that compile for devices that are not here: JAX's cache would take such programs
+    and then could not load them, and libtpu would ask the machine what it is."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LIBTPU_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

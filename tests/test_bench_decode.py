@@ -52,7 +52,7 @@ def test_the_first_token_that_differs_is_found(ids, where) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedded_model_says_the_same_with_every_backend_that_is_named(tmp_path, capsys):
+def test_every_backend_that_is_named_runs_on_the_embedded_model_and_is_compared(tmp_path, capsys):
     out = tmp_path / "out.json"
     options = "--tokens 512 --task niah_single_2 --max-new-tokens 12 --attention full --json"
     assert bench_decode.main([*options.split(), str(out), "--", "--dtype", "float32"]) == 0
@@ -76,7 +76,26 @@ def test_tokens_that_differ_are_said_and_make_the_exit_code(monkeypatch, capsys)
     assert row == ["| lsa, auto | 15.0 | 1.50x | differ from token 2 | 7 | 2 | 100.0 | 1 s |"]
 
 
-def test_a_case_that_fails_says_why(tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--json", "none/out.json"], "--json must be in a directory that is there"),
+        (["--task", "vt", "--tokens", "9999999"], "lengths must be at most"),
+        (["--task", "vt", "--tokens", "16"], "tokens"),
+        (["--ckpt", "none"], "none"),
+        (["--backends", "cuda"], "cuda"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(options, words, monkeypatch, capsys):
+    monkeypatch.setattr(bench_decode, "run", None)
+    try:
+        assert bench_decode.main(options) == 2
+    except SystemExit as stop:  # the parser's
+        assert stop.code == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_case_that_fails_says_why(capsys) -> None:
     options = ["--tokens", "64", "--attention", "full", "--backends", "mosaic_tpu"]
     assert bench_decode.main(options) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]

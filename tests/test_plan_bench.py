@@ -6,9 +6,8 @@ from lsa_jax import plan
 from lsa_jax.planning import aot
 from lsa_jax.planning.hardware import DEVICES, parse_topology
 from lsa_jax.planning.plan import make_plan
-from tests.test_plan_compiled import _no_machine_to_ask, _nothing_is_kept
 
-__all__ = ["_no_machine_to_ask", "_nothing_is_kept"]  # fixtures
+pytestmark = pytest.mark.usefixtures("devices_elsewhere")
 
 # The shortest pieces of a prompt that take every path: compilers spend twice the time on 1024.
 OPTIONS = "--config bench --context 64K --attention lsa --kv-budget 0.3 --prefill-chunk 128"

@@ -3,9 +3,7 @@
 import dataclasses
 import importlib.util
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from lsa_jax.config import ConfigError
 from lsa_jax.planning import aot
@@ -13,7 +11,6 @@ from lsa_jax.planning.fit import DoesNotFit
 from lsa_jax.planning.hardware import DEVICES, parse_topology
 from lsa_jax.planning.plan import as_json, make_plan
 from lsa_jax.planning.programs import Planner
-from pallas_kernels.targets import LIBTPU_ENVIRONMENT
 from tests.plan_cases import TINY, case
 
 SMALL = dataclasses.replace(
@@ -25,20 +22,7 @@ TPU = pytest.mark.skipif(
 MESHES = ("v5p:2x2x1", "tpu7x:1x1x1")  # several devices; test_plan_bench has all generations
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _nothing_is_kept():
-    """JAX's cache takes programs for devices that are not here, and then cannot load them."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(autouse=True)
-def _no_machine_to_ask(monkeypatch):
-    for name, value in LIBTPU_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("devices_elsewhere")
 
 
 def compiled(planner: Planner, *names: str):
