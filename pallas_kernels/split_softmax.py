@@ -108,6 +108,15 @@ def default_splits(batch: int, heads: int, most: int) -> int:
     return max(1, min(STREAMING_MULTIPROCESSORS // tiles, most))
 
 
+def pad_heads(
+    q: Float[Array, "B H c"], sink: Float[Array, " H"], tile: int
+) -> tuple[Float[Array, "B G c"], Float[Array, " G"]]:
+    """Heads of zeros behind, up to a multiple of `tile`: a matrix instruction takes no fewer, and
+    they read no further entries. What they attend to is to be cut off."""
+    more = -q.shape[1] % tile
+    return jnp.pad(q, ((0, 0), (0, more), (0, 0))), jnp.pad(sink, (0, more))
+
+
 def check(
     q: Array, window: Array, window_count: Array, sink: Array, counts: dict[str, Int[Array, " B"]]
 ) -> None:

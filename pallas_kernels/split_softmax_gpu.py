@@ -18,6 +18,7 @@ from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.rows import Fp8Rows, Rows
 
 FP8_SIZES = (512, 64, 64)  # dims, rotary dims and group that the fp8 kernel is written for
+TILE = 16  # heads of the smallest matrix product
 COMBINED = 16  # splits times heads whose 512 dims one program of `combine` reads at once, about
 
 
@@ -35,11 +36,9 @@ class Tuning:
 
 def require(q: Array, rows: Rows, group: int) -> None:
     """Raises Unsupported for what the Triton kernels do not take."""
-    heads, dims = q.shape[1:]
+    dims = q.shape[2]
     if q.dtype != jnp.bfloat16:
         raise Unsupported(f"q must be bfloat16, got {q.dtype}")
-    if heads % 16:
-        raise Unsupported(f"heads must be a multiple of 16, got {heads}")
     if isinstance(rows, Fp8Rows):
         sizes = (dims, rows.rope.shape[-1], group)
         if sizes != FP8_SIZES:
@@ -69,6 +68,8 @@ def attend(
 
     from pallas_kernels import split_softmax_triton as kernels
 
+    given = q.shape
+    q, sink = soft.pad_heads(q, sink, TILE)
     (batch, heads, dims), splits = q.shape, tuning.splits
     index, valid = picked if isinstance(picked, tuple) else (window_count, picked)
     tile = math.gcd(heads, soft.HEADS)
@@ -100,7 +101,8 @@ def attend(
         name=name,
         **sizes,
     )
-    return sums[:, 0] if splits == 1 else _combine(sums, stats, sink, q.dtype, name)
+    out = sums[:, 0] if splits == 1 else _combine(sums, stats, sink, q.dtype, name)
+    return out[:, : given[1]]
 
 
 def _combine(sums: Array, stats: Array, sink: Array, dtype: Any, name: str) -> Array:

@@ -36,11 +36,11 @@ def floor(*, batch: int, entries: int, kv: str, ragged: bool) -> Work:
 
 
 def make_small(
-    key: Array, *, entries: int, seen: tuple[int, ...], recent: tuple[int, ...], kv: str
+    key: Array, *, entries: int, seen: tuple[int, ...], recent: tuple[int, ...], kv: str, heads: int
 ) -> tuple[Any, ...]:
     """NaN beyond the counts, in the window too."""
     keys, batch = jax.random.split(key), len(seen)
-    q, window, sink = shared.queries(keys[0], batch)
+    q, window, sink = shared.queries(keys[0], batch, heads)
     window, window_count = shared.poisoned_window(window, recent)
     count = jnp.asarray(seen, jnp.int32)
     rows = shared.entries(keys[1], (batch, entries), kv)
@@ -48,12 +48,14 @@ def make_small(
     return q, window, window_count, rows, count, sink
 
 
-def floor_small(*, entries: int, seen: tuple[int, ...], recent: tuple[int, ...], kv: str) -> Work:
+def floor_small(
+    *, entries: int, seen: tuple[int, ...], recent: tuple[int, ...], kv: str, heads: int
+) -> Work:
     """Every visible entry read once."""
     del entries
-    keys = sum(seen) + sum(recent)
-    flops = 4 * shared.HEADS * shared.DIMS * keys
-    return Work(bytes=shared.fixed_bytes(len(seen)) + sum(seen) * shared.ROW_BYTES[kv], flops=flops)
+    flops = 4 * heads * shared.DIMS * (sum(seen) + sum(recent))
+    fixed = shared.fixed_bytes(len(seen), heads)
+    return Work(bytes=fixed + sum(seen) * shared.ROW_BYTES[kv], flops=flops)
 
 
 def small(
@@ -63,6 +65,7 @@ def small(
     recent: tuple[int, ...],
     kv: str = "bfloat16",
     declined: tuple[str, ...] = (),
+    heads: int = shared.HEADS,
 ) -> Case:
     """A correctness case."""
     return Case(
@@ -71,7 +74,7 @@ def small(
         call=dense_decode,
         make=make_small,
         floor=floor_small,
-        shape={"entries": entries, "seen": seen, "recent": recent, "kv": kv},
+        shape={"entries": entries, "seen": seen, "recent": recent, "kv": kv, "heads": heads},
         tolerance=shared.ROUNDING,
         static={"scale": shared.SCALE, "group": shared.GROUP},
         declined=declined,
@@ -101,6 +104,8 @@ CASES = (
     small("all, some, one, none", 192, (192, 70, 1, 0), (128, 128, 3, 0)),
     small("all, some, one, none", 192, (192, 70, 1, 0), (128, 128, 3, 0), "fp8"),
     small("a window alone", 64, (0, 0), (128, 64)),
+    small("8 heads", 192, (70,), (128,), heads=8),
+    small("32 heads", 192, (192, 70), (128, 3), "fp8", heads=32),
     small("more entries than counted blocks", 1088, (65, 1088), (0, 128)),
     small("entries that no block divides", 37, (37, 20), (128, 9), declined=NOT_PAGES),
     small("entries that no block divides", 37, (37, 20), (128, 9), "fp8", NOT_PAGES),

@@ -28,8 +28,8 @@ def _require(q: Array, window: Array, rows: Rows, group: int) -> None:
     (_, heads, dims), slots, entries = q.shape, window.shape[1], soft.lead(rows)[1]
     if q.dtype != jnp.bfloat16 or not (isinstance(rows, Fp8Rows) or rows.dtype == jnp.bfloat16):
         raise Unsupported("q must be bfloat16, rows bfloat16 or fp8")
-    if heads != soft.HEADS or dims % 128 or dims > 512:
-        raise Unsupported(f"needs 64 heads, dims of 128 times 1 to 4; got {heads}, {dims}")
+    if heads > soft.HEADS or dims % 128 or dims > 512:
+        raise Unsupported(f"needs up to 64 heads, dims of 128 times 1 to 4; got {heads}, {dims}")
     if isinstance(rows, Fp8Rows) and (dims, rows.rope.shape[-1], group) != FP8_SIZES:
         got = (dims, rows.rope.shape[-1], group)
         raise Unsupported(f"fp8 rows must have (dims, rope, group) {FP8_SIZES}, got {got}")
@@ -53,6 +53,8 @@ def dense_decode(
 ) -> Float[Array, "B H c"]:
     """See the package's `dense_decode`. Jitted, so that all layers lower one kernel once."""
     _require(q, window, rows, group)
+    given = q.shape
+    q, sink = soft.pad_heads(q, sink, soft.HEADS)
     (batch, heads, dims), entries = q.shape, soft.lead(rows)[1]
     chunks = (window.shape[1] + entries) // CHUNK  # a block has two or more
     tuning = tuning or Tuning(splits=soft.default_splits(batch, heads, max(1, chunks // 2)))
@@ -91,8 +93,10 @@ def dense_decode(
     )
     out, stats = kernel(q, window, window_count, count, sink, *planes)
     if tuning.splits == 1:
-        return out[:, 0]
-    return soft.combine(soft.Part(stats[:, :, 0] / LOG2E, stats[:, :, 1], out), sink, q.dtype)
+        out = out[:, 0]
+    else:
+        out = soft.combine(soft.Part(stats[:, :, 0] / LOG2E, stats[:, :, 1], out), sink, q.dtype)
+    return out[:, : given[1]]
 
 
 def _scratch(dims: int, stages: int) -> list[Any]:

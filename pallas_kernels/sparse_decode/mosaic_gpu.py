@@ -72,11 +72,11 @@ def default_tuning(batch: int, heads: int, slots: int, picks: int, fp8: bool) ->
 
 
 def _require(q: Array, rows: Rows, slots: int, index: Array, group: int) -> None:
-    heads, dims = q.shape[1:]
+    dims = q.shape[2]
     if q.dtype != jnp.bfloat16 or not (isinstance(rows, Fp8Rows) or rows.dtype == jnp.bfloat16):
         raise Unsupported("q must be bfloat16, rows bfloat16 or fp8")
-    if heads % soft.HEADS or dims != DIMS:
-        raise Unsupported(f"needs heads by {soft.HEADS} of {DIMS} dims, got {heads}, {dims}")
+    if dims != DIMS:
+        raise Unsupported(f"needs {DIMS} dims, got {dims}")
     if isinstance(rows, Fp8Rows) and (rows.rope.shape[-1], group) != (copies.ROPE, copies.GROUP):
         raise Unsupported(f"needs 64 rotary dims, groups of 64; got {rows.rope.shape[-1]}, {group}")
     if not slots or not index.shape[1] or not jax.tree.leaves(rows)[0].size:
@@ -107,8 +107,10 @@ def sparse_decode(
     interpret: bool = False,
 ) -> Float[Array, "B H c"]:
     """See the package's `sparse_decode`. Jitted, so that all layers lower one kernel once."""
-    (batch, heads, dims), tiles = q.shape, q.shape[1] // soft.HEADS
     _require(q, rows, window.shape[1], index, group)
+    given = q.shape
+    q, sink = soft.pad_heads(q, sink, soft.HEADS)
+    (batch, heads, dims), tiles = q.shape, q.shape[1] // soft.HEADS
     sizes = (window.shape[1], index.shape[1])
     tuning = tuning or default_tuning(batch, heads, *sizes, isinstance(rows, Fp8Rows))
     chunks = copies.most_chunks(*sizes, tuning.splits)
@@ -127,7 +129,7 @@ def sparse_decode(
         top, total = stats[:, :, 0], stats[:, :, 1]
         logits = jnp.broadcast_to(logits, (batch, *logits.shape)).reshape(-1, soft.HEADS)
         out = soft.combine(soft.Part(top / LOG2E, total, out), logits, q.dtype)
-    return out.reshape(q.shape)
+    return out.reshape(q.shape)[:, : given[1]]
 
 
 def _kernel(call: Call, batch: int, chunks: int, planes: int) -> Any:
