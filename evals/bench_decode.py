@@ -9,13 +9,15 @@ without doubt. Rounding may flip a random model's tokens, so the first that diff
 first backend is what the others are held to: name "xla", the definition, first. On NVIDIA GPUs XLA
 writes down which kernels of a step it launches in CUDA graphs (--xla_dump_to, while it compiles);
 those in loops within a step count once, and a program that JAX's compilation cache has is not
-written down. Exit codes: 0, 1 where a case's tokens differ, 2 after an error.
+written down. Exit codes: 0, 1 where a case fails (the others run on) or its tokens differ, 2 after
+an error.
 """
 
 import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ from train.outputs import check_file
 
 ATTENTIONS = ("full", "lsa")
 STEP_PROGRAMS = {"full": "decode", "lsa": "cycle"}
+_ERROR = re.compile(r"(error:|[\w.]*(Error|Exception|Unsupported)\b)")  # of a traceback, or ours
 DUMPED = "*{program}.thunk_sequence_after_thunk_passes.txt"
 
 
@@ -46,6 +49,10 @@ class Case:
 
     attention: str
     backend: str
+
+
+class CaseFailed(Exception):
+    """The command of a case did not do what it was asked; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,7 @@ def command(args: argparse.Namespace, case: Case, prompt: Path, out: Path) -> li
 
 
 def run(args: argparse.Namespace, case: Case, prompt: Path, folder: Path) -> Outcome:
-    """Runs a case; ConfigError, with the command's own last line, where it fails."""
+    """Runs a case; CaseFailed, with the command's own word, where it fails."""
     out, dump = folder / "out.json", folder / "dump"
     pattern = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*_{STEP_PROGRAMS[case.attention]}.*"
     # There is no other way to ask for it, and XLA reads it as a process starts.
@@ -98,8 +105,7 @@ def run(args: argparse.Namespace, case: Case, prompt: Path, folder: Path) -> Out
         check=False,
     )
     if child.returncode:
-        last = (child.stderr.strip().splitlines() or ["no word"])[-1]
-        raise ConfigError(f"{case.attention}, {case.backend}: exit code {child.returncode}: {last}")
+        raise CaseFailed(f"exit code {child.returncode}: {last_word(child.stderr)}")
     said = json.loads(out.read_text("utf-8"))
     return Outcome(
         case=case,
@@ -111,6 +117,12 @@ def run(args: argparse.Namespace, case: Case, prompt: Path, folder: Path) -> Out
         jax=said["jax_version"],
         launches=find_launches(dump, STEP_PROGRAMS[case.attention]),
     )
+
+
+def last_word(stderr: str) -> str:
+    """The last line that names an error; where none does, the last one."""
+    lines = stderr.strip().splitlines() or ["no word"]
+    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1])
 
 
 def find_launches(dump: Path, program: str) -> Launches | None:
@@ -153,7 +165,7 @@ def base_of(found: Outcome, outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def bench(args: argparse.Namespace) -> bool:
-    """Runs all cases and prints the table; whether all tokens are the same."""
+    """Runs all cases and prints the table; whether none failed and all tokens are the same."""
     ckpt = args.ckpt or _embedded()
     cfg = model_io.read_config(ckpt)
     if args.json is not None:
@@ -162,6 +174,7 @@ def bench(args: argparse.Namespace) -> bool:
         check_tasks(cfg, (args.task,), (args.tokens,))
     cases = [Case(attention, backend) for attention in args.attention for backend in args.backends]
     outcomes: list[Outcome] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         prompt = Path(folder) / "prompt"
         prompt.write_text(" ".join(map(str, prompt_ids(args, cfg.vocab_size))), "utf-8")
@@ -169,13 +182,19 @@ def bench(args: argparse.Namespace) -> bool:
             print(f"{case.attention}, {case.backend} ..", file=sys.stderr, flush=True)
             inner = Path(folder) / str(index)
             inner.mkdir()
-            outcomes.append(run(args, case, prompt, inner))
+            try:
+                outcomes.append(run(args, case, prompt, inner))
+            except CaseFailed as why:
+                failures.append(f"failed: {case.attention}, {case.backend}: {why}")
+                print(failures[-1], file=sys.stderr, flush=True)
             if args.json is not None:  # after every case: a later one may take the machine down
-                write_text(args.json, json.dumps(content(args, outcomes), indent=1))
-    first = outcomes[0]
-    print(f"{ckpt}, {args.tokens:,} tokens; {first.device}, JAX {first.jax}")
-    print("\n".join(table(outcomes)))
-    return all(found.ids == base_of(found, outcomes).ids for found in outcomes)
+                write_text(args.json, json.dumps(content(args, outcomes, failures), indent=1))
+    if outcomes:
+        first = outcomes[0]
+        print(f"{ckpt}, {args.tokens:,} tokens; {first.device}, JAX {first.jax}")
+        print("\n".join(table(outcomes)))
+    same = all(found.ids == base_of(found, outcomes).ids for found in outcomes)
+    return same and not failures
 
 
 def _embedded() -> Path:
@@ -185,12 +204,15 @@ def _embedded() -> Path:
     return weights.checkpoint
 
 
-def content(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def content(
+    args: argparse.Namespace, outcomes: Sequence[Outcome], failures: Sequence[str]
+) -> dict[str, Any]:
     """The content of --json."""
     said = {name: value for name, value in vars(args).items() if name != "json"}
     return {
         "settings": {name: str(x) if isinstance(x, Path) else x for name, x in said.items()},
         "cases": [dataclasses.asdict(found) for found in outcomes],
+        "failures": list(failures),
     }
 
 

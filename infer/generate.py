@@ -36,10 +36,11 @@ def generate(options: Options) -> None:
         return
     session = open_session(options, cfg, tokenizer, plan)
     try:
-        if prompt is not None:
-            console.answer(options, session, prompt, tokenizer)
-        elif tokenizer is not None:
-            console.chat(options, session, tokenizer)
+        with model_io.backend_refusals():
+            if prompt is not None:
+                console.answer(options, session, prompt, tokenizer)
+            elif tokenizer is not None:
+                console.chat(options, session, tokenizer)
     finally:
         report.write_outputs(options, session, tokenizer)
         if isinstance(session, LsaTurns):

@@ -1,6 +1,8 @@
 """Checkpoint directory -> model on the devices."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,6 +29,15 @@ def read_config(directory: Path) -> ModelConfig:
     return store.open_store(directory).config
 
 
+@contextlib.contextmanager
+def backend_refusals() -> Iterator[None]:
+    """ConfigError in place of Unsupported, for what the kernels that a user named decline."""
+    try:
+        yield
+    except dispatch.Unsupported as why:
+        raise ConfigError(f"backend: {why}") from why
+
+
 def load_model(
     directory: Path, *, compute: ComputeConfig, mesh: Mesh | None = None, drafter: bool = False
 ) -> DeepSeekV4:
@@ -44,10 +55,8 @@ def load_model(
     """
     cfg = read_config(directory)
     if compute.kernel_backend is not None:
-        try:
+        with backend_refusals():
             dispatch.require(compute.kernel_backend)
-        except dispatch.Unsupported as why:
-            raise ConfigError(f"backend: {why}") from why
     if drafter and not cfg.num_nextn_predict_layers:
         raise ConfigError(f"drafter needs num_nextn_predict_layers >= 1, {directory} has 0")
     stored, leaves = store.load_checkpoint(

@@ -95,8 +95,21 @@ def test_what_cannot_be_is_refused_before_anything_runs(options, words, monkeypa
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_case_that_fails_says_why(capsys) -> None:
-    options = ["--tokens", "64", "--attention", "full", "--backends", "mosaic_tpu"]
-    assert bench_decode.main(options) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("error: full, mosaic_tpu: exit code 2: error: ") and "TPU" in line
+@pytest.mark.slow
+def test_a_case_that_fails_says_why_and_the_others_run_on(tmp_path, capsys) -> None:
+    options = ["--tokens", "64", "--attention", "full", "--backends", "mosaic_tpu,xla"]
+    out = tmp_path / "out.json"
+    assert bench_decode.main([*options, "--max-new-tokens", "2", "--json", str(out)]) == 1
+    said = capsys.readouterr()
+    (line,) = (line for line in said.err.splitlines() if line.startswith("failed:"))
+    assert line.startswith("failed: full, mosaic_tpu: exit code 2: error: ") and "TPU" in line
+    assert "| full, xla |" in said.out
+    found = json.loads(out.read_text())
+    assert found["failures"] == [line] and len(found["cases"]) == 1
+
+
+def test_an_error_is_found_before_what_jax_says_after_it() -> None:
+    stderr = "loading x\npallas_kernels.dispatch.Unsupported: why\n----\nFor simplicity, JAX has"
+    assert bench_decode.last_word(stderr) == "pallas_kernels.dispatch.Unsupported: why"
+    assert bench_decode.last_word("one\ntwo") == "two"
+    assert bench_decode.last_word("") == "no word"

@@ -128,7 +128,8 @@ def dump(options: Options) -> None:
         recorder = _recorder(options, cfg, config, tokenizer)
         for at, job in enumerate(jobs, 1):
             title = f"{job.name} ({at}/{len(jobs)})"
-            recorded = _record(options, recorder, job, reading, tokenizer, title)
+            with model_io.backend_refusals():
+                recorded = _record(options, recorder, job, reading, tokenizer, title)
             done += [] if recorded is None else [recorded]
     print(summary(options.out, done, before, len(jobs) - len(done)))
 

@@ -152,7 +152,9 @@ class Experts(nnx.Module):
             return self.gathered(x, routing)
         if tokens * k < MANY_ROWS * self.cfg.n_routed_experts:
             return self.rounds(x, routing)
-        paths = {dispatch.XLA: self.rounds, dispatch.MOSAIC_GPU: self.grouped}
+        paths = {dispatch.XLA: self.rounds}
+        if all(w.scale is None for w in (self.w1, self.w2, self.w3)):  # else there is no kernel
+            paths[dispatch.MOSAIC_GPU] = self.grouped
         backend = dispatch.of_model(paths, self.backend)
         return dispatch.run("grouped_matmul", paths, backend, x, routing)
 
@@ -183,9 +185,8 @@ class Experts(nnx.Module):
         return self.w2.rows(self._round(hidden.astype(rows.dtype)), experts)
 
     def grouped(self, x: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
-        """Pairs sorted by expert, as three grouped matmuls on the kernel's own terms."""
-        if self.w1.scale is not None or self.w2.scale is not None or self.w3.scale is not None:
-            raise dispatch.Unsupported("grouped matmul of quantised experts")
+        """Pairs sorted by expert, as three grouped matmuls on the kernel's own terms. Dense experts
+        only."""
         tokens, k = routing.experts.shape
         flat = routing.experts.reshape(-1)
         order = jnp.argsort(flat, stable=True)
