@@ -32,6 +32,7 @@ def widen_checkpoint(args: argparse.Namespace) -> int:
         ensemble=args.ensemble,
         lookback=args.lookback,
         score=args.score,
+        dilation=args.dilation,
     )
     attention = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
     wanted = tuple(prefix + name for prefix in attention for name in _LEAVES)
@@ -60,6 +61,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ensemble", choices=("max", "mean", "learned"), default="max")
     help_ = "last tokens that say what is needed; default 1"
     parser.add_argument("--lookback", type=int, default=1, help=help_)
+    help_ = "entries after one that its logit counts for too; default 0"
+    parser.add_argument("--dilation", type=int, default=0, help=help_)
     help_ = "of an entry: its probability (default), or its share of the attention to come"
     parser.add_argument("--score", choices=get_args(Score), default="sigmoid", help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of weights without effect yet")

@@ -33,6 +33,9 @@ MAX_LOOKBACK = 512
 """More tokens than a question has. Every request keeps their hidden states on the device, and every
 sample of training has them: without a bound a slip of the keyboard is out of memory."""
 
+MAX_DILATION = 64
+"""As many entries as a page of V4-Flash has."""
+
 _SIZES = ("hidden_size", "n_heads", "q_lora_rank", "head_dim", "rope_head_dim")
 _LAYER_LEAVES = ("wq_a.weight", "q_norm_weight", "wq_b.weight", "weights_proj.weight")
 
@@ -44,7 +47,10 @@ class IndexerConfig:
     `target_layers` are CSA ordinals, ascending. Head dim, RoPE and YaRN are those of the backbone's
     index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`). Entries are
     scored by what the last `lookback` tokens ask for (released: 1, the last token alone), for a
-    question says what it needs before its last token is read, and as `score` says.
+    question says what it needs before its last token is read, and as `score` says. An entry's logit
+    counts for the `dilation` entries after it too, where theirs are lower (released: 0): CSA
+    entries overlap. Each is made of its own tokens and of those of the entry before (DeepSeek-V4
+    spec 4.3), so what one entry says goes on in the next, which may be of another page.
     """
 
     target_layers: tuple[int, ...]
@@ -60,12 +66,14 @@ class IndexerConfig:
     query_mode: QueryMode = "float32"
     lookback: int = 1
     score: Score = "sigmoid"
+    dilation: int = 0
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         check_lookback(self.lookback)
+        check_dilation(self.dilation)
         for name in ("rope_theta", "norm_eps"):
             if number(f"indexer.{name}", getattr(self, name), float) <= 0:
                 raise refusal(f"indexer.{name}", getattr(self, name), "> 0")
@@ -130,6 +138,12 @@ def check_lookback(tokens: int) -> None:
         raise refusal("indexer.lookback", tokens, f"<= {MAX_LOOKBACK}")
 
 
+def check_dilation(entries: object) -> None:
+    """Raises ConfigError where a logit would count for no number of entries, or too many."""
+    if not 0 <= number("indexer.dilation", entries, int) <= MAX_DILATION:
+        raise refusal("indexer.dilation", entries, f"in 0..{MAX_DILATION}")
+
+
 def _of_model(model: ModelConfig) -> dict[str, Any]:
     """The fields that the backbone decides."""
     return {
@@ -168,10 +182,10 @@ def to_json(cfg: IndexerConfig) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> IndexerConfig:
-    """The configuration that `to_json` wrote, perhaps before there were lookbacks and scores.
-    Raises ConfigError."""
+    """The configuration that `to_json` wrote, perhaps before there were lookbacks, scores and
+    dilations. Raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(IndexerConfig)]
-    if raw.keys() | {"lookback", "score"} != set(fields):
+    if raw.keys() | {"lookback", "score", "dilation"} != set(fields):
         raise refusal("indexer", sorted(raw), f"a table of {', '.join(fields)}")
     layers = raw["target_layers"]
     if not isinstance(layers, list):

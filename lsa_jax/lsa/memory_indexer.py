@@ -195,11 +195,12 @@ class MemoryIndexer(nnx.Module):
         one's, `entries` of the N keys exist.
 
         Their highest logit, or, with the score "softmax", the logarithm of the mean of their shares
-        (-inf where no entry exists).
+        (-inf where no entry exists); dilated, so that the columns just behind the entries may say
+        something too.
         """
-        width = hidden.shape[2]
+        width, dilation = hidden.shape[2], self.cfg.dilation
         if width == 1 and self.cfg.score == "sigmoid":
-            return self(hidden[:, :, 0], positions, keys, backend=backend)
+            return dilated(self(hidden[:, :, 0], positions, keys, backend=backend), dilation)
         at = positions[:, None] - jnp.arange(width)[::-1]
         backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
         logits = []
@@ -212,7 +213,7 @@ class MemoryIndexer(nnx.Module):
                 logits.append(log_shares(scores, at >= 0, entries))
             else:
                 logits.append(jnp.max(jnp.where(at[..., None] >= 0, scores, -jnp.inf), axis=1))
-        return jnp.stack(logits)
+        return dilated(jnp.stack(logits), dilation)
 
     def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
         """Score of each entry, from what `recent` says: max or mean of the layers' probabilities,
@@ -226,6 +227,16 @@ class MemoryIndexer(nnx.Module):
         score = jnp.exp(logits) if shares else jax.nn.sigmoid(logits)
         reduce = jnp.max if self.cfg.ensemble == "max" else jnp.mean
         return reduce(score, axis=0)
+
+
+def dilated(logits: Float[Array, "*b N"], dilation: int) -> Float[Array, "*b N"]:
+    """The highest of each entry's logit and those of the `dilation` entries before it."""
+    lead, entries = [(0, 0)] * (logits.ndim - 1), logits.shape[-1]
+    out = logits
+    for back in range(1, dilation + 1):
+        earlier = jnp.pad(logits, [*lead, (back, 0)], constant_values=-jnp.inf)[..., :entries]
+        out = jnp.maximum(out, earlier)
+    return out
 
 
 def log_shares(

@@ -137,7 +137,16 @@ def decisions(
         logits = scorer.logits(indexer, hidden, recording.positions[asked], keys, most)
         for span, count in zip(spans, counts[part], strict=True):
             found = logits[np.searchsorted(asked, span), :, :count]
-            yield Decision(int(span[-1]), int(count), together(found, indexer.cfg.score))
+            said = dilated(together(found, indexer.cfg.score), indexer.cfg.dilation)
+            yield Decision(int(span[-1]), int(count), said)
+
+
+def dilated(logits: np.ndarray, dilation: int) -> np.ndarray:
+    """`lsa_jax.lsa.memory_indexer.dilated`, in NumPy."""
+    out = logits.copy()
+    for back in range(1, min(dilation, logits.shape[-1] - 1) + 1):
+        np.maximum(out[..., back:], logits[..., :-back], out=out[..., back:])
+    return out
 
 
 def together(logits: np.ndarray, score: Score) -> np.ndarray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
-from lsa_jax.lsa.indexer_config import Ensemble, QueryMode, Score, check_lookback
+from lsa_jax.lsa.indexer_config import Ensemble, QueryMode, Score, check_dilation, check_lookback
 from train import tables
 from train.data.dataset import DataConfig
 from train.data.labels import SamplingConfig
@@ -40,7 +40,8 @@ class IndexerOptions:
 
     `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. The
     last `lookback` tokens are asked together, in training as in a fire. `score` should be what the
-    objective teaches: shares of attention by `objective.share`, probabilities by all others.
+    objective teaches: shares of attention by `objective.share`, probabilities by all others. Losses
+    are on logits without `dilation`, which is for what is served and for what is judged.
     """
 
     n_heads: int = 128
@@ -49,12 +50,14 @@ class IndexerOptions:
     query_mode: QueryMode = "float32"
     lookback: int = 1
     score: Score = "sigmoid"
+    dilation: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "q_lora_rank", "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         check_lookback(self.lookback)
+        check_dilation(self.dilation)
         _check_word("indexer.ensemble", self.ensemble, Ensemble)
         _check_word("indexer.query_mode", self.query_mode, QueryMode)
         _check_word("indexer.score", self.score, Score)
