@@ -94,14 +94,18 @@ def counts(args: argparse.Namespace) -> dict[str, int]:
     return {"train": args.documents, "held_out": args.held_out}
 
 
+def lengths(tokens: Sequence[int], documents: int, tasks: int) -> list[int]:
+    """Tokens of each document: the same in a round of all tasks, the next in the next round."""
+    return [tokens[index // tasks % len(tokens)] for index in range(documents)]
+
+
 def prompts(args: argparse.Namespace, name: str) -> str:
     """The documents of a split, a line each, task after task in turn."""
     split, tasks = SPLITS[name], args.tasks
     tasks += args.more if name == "train" else ()
     lines = []
-    for index in range(counts(args)[name]):
-        rounds, place = divmod(index, len(tasks))
-        tokens = args.tokens[rounds % len(args.tokens)]
+    for index, tokens in enumerate(lengths(args.tokens, counts(args)[name], len(tasks))):
+        place = index % len(tasks)
         room = (tokens, args.questions, args.data_seed)
         lines.append(document(tasks[place], split, *room, index))
     return "".join(line + "\n" for line in lines)

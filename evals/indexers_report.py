@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evals.indexers_documents import lengths
 from evals.suite.running import write_text
 from train.quality import evaluation_report as report
 from train.quality.evaluation_report import ALL_LENGTHS, Figures, Summary
@@ -125,9 +126,10 @@ class Tables:
     def text(self, place: Place) -> str:
         """All tables, with what they are of."""
         documents, settings = self.first.documents[ALL_LENGTHS], place.settings
-        lengths = " and ".join(f"{tokens:,}" for tokens in settings["tokens"])
+        held_out = lengths(settings["tokens"], settings["held_out"], len(settings["tasks"]))
         words = (
-            f"{documents} held-out documents of {lengths} tokens,"
+            f"{documents} held-out documents of"
+            f" {' and '.join(f'{tokens:,}' for tokens in sorted(set(held_out)))} tokens,"
             f" {self.studies[next(iter(self.studies))].decisions:,} decisions; trained on"
             f" {settings['documents']} others, {settings['steps']:,} steps of"
             f" {settings['batch_size']} at {settings['learning_rate']:g},"

@@ -8,7 +8,7 @@ import pytest
 
 from evals import indexers
 from evals.indexers_checks import check_sets
-from evals.indexers_documents import SPLITS, dump, key, prompts
+from evals.indexers_documents import SPLITS, dump, key, lengths, prompts
 from evals.indexers_report import pooled
 from evals.tasks.examples import example
 from lsa_jax import model_io
@@ -79,6 +79,11 @@ def test_documents_are_haystacks_with_all_questions_and_answers_of_their_split(r
             assert line["ids"] == made.haystack.tolist()
             asked = [*map(int, np.concatenate([(*q.prompt, *q.answer) for q in made.questions]))]
             assert line["answer"] == asked and len(made.questions) == 2
+
+
+def test_a_length_is_of_a_whole_round_so_few_documents_have_the_first_only() -> None:
+    assert lengths((480, 600), 5, 2) == [480, 480, 600, 600, 480]
+    assert set(lengths((480, 600), 20, 20)) == {480}
 
 
 def test_rounds_of_training_have_more_of_some_tasks_and_lengths_in_turn(root: Path) -> None:

@@ -24,6 +24,7 @@ from lsa_jax.sampling import Greedy
 from lsa_jax.text.messages import SystemMessage, UserMessage, encode_messages
 from lsa_jax.text.special import BOS, END_THINK
 from lsa_jax.text.tokenizer import Tokenizer
+from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[1]
 IDS = [int(i) for i in np.random.default_rng(5).integers(2, 320, 37)]
@@ -200,6 +201,17 @@ def test_a_turn_without_room_is_refused_and_the_session_goes_on(engine) -> None:
         session.prefill([3] * 2**20)
     session.prefill([7])
     assert len(list(session.generate())) == 4 and len(session.turns) == 2
+
+
+def test_what_a_named_kernel_declines_in_the_model_is_one_line(run, monkeypatch) -> None:
+    def decline(*args: object) -> None:
+        raise dispatch.Unsupported("top_k: mosaic_gpu: k must be at most 4096, got 5000")
+
+    monkeypatch.setattr(console, "answer", decline)
+    code, out, err = run("--prompt-ids", "1 2 3")
+    assert code == 2 and not out
+    said = err.strip().splitlines()
+    assert said[-1] == "error: backend: top_k: mosaic_gpu: k must be at most 4096, got 5000"
 
 
 @pytest.mark.slow

@@ -88,6 +88,12 @@ def test_a_prefill_chunk_for_hopper_has_the_kernels_that_are_its_defaults() -> N
     assert kernels("v4_flash", "auto", "bfloat16", 512) == PREFILL
 
 
+def test_a_backend_that_is_named_leaves_quantised_experts_to_the_definition() -> None:
+    """Its grouped matmul is for dense ones: for these it has no kernel, and so declines nothing."""
+    found = kernels("v4_flash", "mosaic_gpu", "fp8", 512)
+    assert (MOSAIC, "dense_prefill") in found and (MOSAIC, "body") not in found
+
+
 # Interpreted ----------------------------------------------------------------------------------
 
 # `tiny`, with as much of V4's sizes as the kernels ask for.
