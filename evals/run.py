@@ -207,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> None:
     held = settings(args, setup)
     log = Log(args.out, held, args.part)
     machine = functools.partial(load, args, setup)
-    run(setup.grid, setup.variants, log, machine, show_now_and_then(), args.part)
+    run(setup.grid, setup.variants, log, machine, show_now_and_then(), args.part, args.together)
     if args.part != WHOLE:
         print(f"part {args.part.index} of {args.part.count} is done", file=sys.stderr)
         return

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from evals.suite.cases import Cell, MiniGrid, draw
 from evals.suite.measure import Measure, evidence_entries, recalled
 from evals.suite.records import WHOLE, Log, Part, read
 from evals.suite.replies import Cycle, Reply
-from evals.suite.running import Machine, Progress, run
+from evals.suite.running import Machine, Progress, groups, run
 from evals.suite.summary import FULL, summarise
 from evals.suite.variants import ARMS, Axes, Base, Variant
 from lsa_jax.config import CacheConfig, ConfigError
@@ -124,9 +126,10 @@ class Knowing:
     def __init__(self):
         self.prefills, self.asked = [], []
 
-    def answer(self, case, variants, log):
-        self.prefills.append(case.cell)
-        for variant in variants:
+    def answer(self, cases, variants, log, together=1):
+        assert len(cases) <= together
+        self.prefills += [case.cell for case in cases]
+        for variant, case in itertools.product(variants, cases):
             self.asked.append((case.cell, variant))
             wrong = variant.arm == "recency" and case.cell.haystack % 2
             said = [[1] if wrong else q.answer.tolist() for q in case.questions]
@@ -157,9 +160,9 @@ class Drawn:
         yield from listed(self.grid)
 
 
-def results(directory, machine, grid=GRID, variants=VARIANTS, part=WHOLE):
+def results(directory, machine, grid=GRID, variants=VARIANTS, part=WHOLE, together=1):
     log = Log(directory, {"checkpoint": "one"}, part)
-    run(Drawn(grid), variants, log, lambda: machine, lambda line: None, part)
+    run(Drawn(grid), variants, log, lambda: machine, lambda line: None, part, together)
     lines = summarise(log.records, variants)
     text = tables.markdown(lines, heading="# Results", source="Planted.")
     return log, text, tables.to_text(tables.as_json(lines))
@@ -187,27 +190,50 @@ def test_parts_answer_every_haystack_once_and_make_the_tables_of_the_whole(tmp_p
     assert names >= {"answers.jsonl", *(f"answers-{i}-of-3.jsonl" for i in (1, 2, 3))}
 
 
+def test_haystacks_go_together_where_programs_seeds_and_what_is_missing_are_the_same():
+    made = [
+        (0, 0, "ab"),
+        (0, 1, "ab"),
+        (0, 2, "ab"),
+        (0, 3, "b"),
+        (1, 4, "b"),
+        (1, 5, ""),
+        (1, 6, ""),
+    ]
+    cases = [
+        SimpleNamespace(cell=Cell(task="vt", length=640, seed=s, haystack=n), most_tokens=9, left=m)
+        for s, n, m in made
+    ]
+    cases.append(SimpleNamespace(cell=cases[-1].cell, most_tokens=999, left=""))
+    found = [
+        ([made[cases.index(case)][1] if case.most_tokens == 9 else 7 for case in group], variants)
+        for group, variants in groups(cases, lambda case: case.left, 2)
+    ]
+    wanted = [([0, 1], "ab"), ([2], "ab"), ([3], "b"), ([4], "b"), ([5, 6], ""), ([7], "")]
+    assert found == [(numbers, list(missing)) for numbers, missing in wanted]
+
+
 class Interrupted(Knowing):
     def __init__(self, after):
         super().__init__()
         self.after = after
 
-    def answer(self, case, variants, log):
+    def answer(self, cases, variants, log, together=1):
         if len(self.prefills) == self.after:
-            super().answer(case, variants[:2], log)
+            super().answer(cases, variants[:2], log, together)
             raise KeyboardInterrupt
-        super().answer(case, variants, log)
+        super().answer(cases, variants, log, together)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 40, 1500])
-def test_a_run_that_was_cut_off_goes_on_to_the_same_tables(tmp_path, cut):
+@pytest.mark.parametrize(("cut", "together"), [(0, 1), (1, 1), (40, 2), (1500, 1), (1500, 2)])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_tables(tmp_path, cut, together):
     whole, machine = results(tmp_path / "whole", Knowing()), Interrupted(after=2)
     with pytest.raises(KeyboardInterrupt):
-        results(tmp_path / "cut", machine)
+        results(tmp_path / "cut", machine, together=together)
     path = tmp_path / "cut" / "answers.jsonl"
     path.write_bytes(path.read_bytes()[: -cut or None])  # as a machine that lost power leaves it
     before, again = read(path), Knowing()
-    resumed = results(tmp_path / "cut", again)
+    resumed = results(tmp_path / "cut", again, together=together)
     assert resumed[1:] == whole[1:]
     done = {(r["task"], r["length"], r["seed"], r["haystack"], str(r["variant"])) for r in before}
     for cell, variant in again.asked:

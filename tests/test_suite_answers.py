@@ -13,6 +13,7 @@ from evals import run as command
 from evals.suite.answers import with_ensemble
 from evals.suite.cases import capacity_for
 from evals.suite.prefix import widen
+from evals.suite.records import Log
 from infer import demo, generate
 from lsa_jax.config import ConfigError
 from lsa_jax.lsa import report
@@ -54,6 +55,27 @@ def test_a_full_budget_gives_the_answers_of_full_attention():
     for arm in ("lsa", "recency"):
         assert tokens_of(answers(variant(arm, "1.0"))) == want
     assert tokens_of(answers(variant("recency", "0.45"))) != want
+
+
+@pytest.mark.slow
+def test_haystacks_that_are_answered_together_are_answered_as_each_alone(tmp_path):
+    """The last batch has idle rows, and questions of a haystack may be fewer."""
+    cases = [suite_models.case(haystack=n) for n in (0, 1, 2)]
+    cases[1] = dataclasses.replace(
+        cases[1],
+        questions=cases[1].questions[:2],
+        new_tokens=cases[1].new_tokens[:2],
+        scores=cases[1].scores[:2],
+    )
+    variants = [variant("full", None), variant("lsa"), variant("random")]
+    records = []
+    for together in (1, 2):
+        log = Log(tmp_path / str(together), {})
+        for at in range(0, len(cases), together):
+            machine().answer(cases[at : at + together], variants, log, together)
+        key = lambda r: (str(r["variant"]), r["haystack"], r["question"])  # noqa: E731
+        records.append(sorted(log.records, key=key))
+    assert len(records[0]) == 3 * 10 and records[0] == records[1]
 
 
 def alone(of, b, new, *, exact=False, at_once=False):

@@ -138,6 +138,8 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--kv", choices=("auto", *KV_FORMATS), default="auto", help="default: as --dtype")
     add("--prefill-chunk", type=arguments.positive, default=1024, help="tokens; default 1024")
+    help_ = "haystacks of a length and a seed whose questions are answered at a time; default 1"
+    add("--together", type=arguments.positive, default=1, metavar="N", help=help_)
     help_ = "answer every N-th haystack from the I-th on, and write no results"
     add("--part", type=part, default=WHOLE, metavar="I/N", help=help_)
     add("--plot", action="store_true", help="figures too; needs matplotlib")

@@ -19,7 +19,7 @@ Progress = Callable[[int], None]  # called with the number of tokens done
 
 
 class Asked(NamedTuple):
-    """Rows that have read their questions and answer next, all of one haystack.
+    """Rows that have read their questions and answer next.
 
     `first` is each row's first answer token, drawn by the prefill, so the same for every arm;
     `seen` are the votes of the question's last tokens; `lengths` count tokens.
@@ -127,6 +127,18 @@ class Prefixes:
                 progress(at + len(part))
         assert logits is not None
         return state, logits, votes
+
+
+def join(parts: Sequence[Asked]) -> Asked:
+    """The rows of all, which have the same capacity, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Asked(
+        _stack([part.state for part in parts]),
+        np.concatenate([part.first for part in parts]),
+        jnp.concatenate([part.seen for part in parts]),
+        tuple(length for part in parts for length in part.lengths),
+    )
 
 
 def widen(asked: Asked, rows: int) -> Asked:

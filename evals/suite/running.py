@@ -3,14 +3,14 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from evals.suite.answers import Answers
 from evals.suite.cases import Case, capacity_for
 from evals.suite.measure import Measure
-from evals.suite.prefix import Prefixes, widen
+from evals.suite.prefix import Prefixes, join, widen
 from evals.suite.records import WHOLE, Log, Part
 from evals.suite.variants import Variant
 
@@ -58,32 +58,64 @@ class Progress:
         return f"{where}, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
 
 
+def capacity_of(case: Case[Any]) -> int:
+    """Tokens that each row of a case has room for."""
+    return max(capacity_for(case.cell.length), case.most_tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A loaded model with what asks it; `rows` questions are answered at a time."""
+    """A loaded model with what asks it; `rows` questions of a haystack are answered at a time."""
 
     prefixes: Prefixes
     answers: Answers
     measure: Measure
     rows: int
 
-    def answer(self, case: Case[Any], variants: Sequence[Variant], log: Log) -> None:
-        """Prefills a haystack once, and logs what each variant answers.
+    def answer(
+        self, cases: Sequence[Case[Any]], variants: Sequence[Variant], log: Log, together: int = 1
+    ) -> None:
+        """Prefills each haystack once, and logs what each variant answers to all of them.
 
-        Batches have `rows` rows or one, the last ones idle, so that few programs are compiled.
+        The cases, up to `together`, have one capacity and one seed. Batches have `rows` rows for
+        each of `together` haystacks, the last ones idle, so that few programs are compiled; the
+        only question of a run without others has a batch of one.
         """
-        capacity = max(capacity_for(case.cell.length), case.most_tokens)
-        state = self.prefixes.read(case.haystack, capacity)
-        prompts = [question.prompt.tolist() for question in case.questions]
-        asked = self.prefixes.ask(state, prompts)
-        new = list(case.new_tokens)
-        if len(new) > 1:
-            asked = widen(asked, self.rows)
-            new = new + [1] * (self.rows - len(new))
+        capacity, new = capacity_of(cases[0]), [n for case in cases for n in case.new_tokens]
+        parts = []
+        for case in cases:
+            state = self.prefixes.read(case.haystack, capacity)
+            prompts = [question.prompt.tolist() for question in case.questions]
+            parts.append(self.prefixes.ask(state, prompts))
+        asked = join(parts)
+        if len(new) > 1 or together > 1:
+            rows = self.rows * together
+            asked = widen(asked, rows)
+            new = new + [1] * (rows - len(new))
+        options = {"new_tokens": new, "capacity": capacity, "seed": cases[0].cell.seed}
         for variant in variants:
-            options = {"new_tokens": new, "capacity": capacity, "seed": case.cell.seed}
-            replies = self.answers.run(asked, variant, **options)[: len(case.questions)]
-            log.append(self.measure.records(case, variant, replies))
+            replies = self.answers.run(asked, variant, **options)
+            for case in cases:
+                own, replies = replies[: len(case.questions)], replies[len(case.questions) :]
+                log.append(self.measure.records(case, variant, own))
+
+
+def groups(
+    cases: Iterable[Case[Any]], missing: Callable[[Case[Any]], Sequence[Variant]], most: int
+) -> Iterator[tuple[list[Case[Any]], list[Variant]]]:
+    """Cases in order, with the variants that they miss: up to `most` that follow each other in one
+    group, where they have one capacity and one seed and miss the same."""
+    group: list[Case[Any]] = []
+    key: tuple[Any, ...] = ()
+    for case in cases:
+        own = (capacity_of(case), case.cell.seed, tuple(missing(case)))
+        if group and (own != key or len(group) == most):
+            yield group, list(key[-1])
+            group = []
+        group.append(case)
+        key = own
+    if group:
+        yield group, list(key[-1])
 
 
 def run(
@@ -93,23 +125,27 @@ def run(
     load: Callable[[], Machine],
     show: Callable[[str], None],
     part: Part = WHOLE,
+    together: int = 1,
 ) -> None:
-    """Answers everything of a part that `log` does not have; the model is loaded where something
-    is missing.
+    """Answers everything of a part that `log` does not have, questions of up to `together`
+    haystacks at a time; the model is loaded where something is missing.
 
     `show` is called with a line after every haystack that was read.
     """
     progress, machine = Progress(grid.work // part.count), None
-    for number, case in enumerate(grid.cases()):
-        if not part.has(number):
-            continue
-        missing = [variant for variant in variants if not log.has(case.cell, variant)]
-        if missing:
+    cases = (case for number, case in enumerate(grid.cases()) if part.has(number))
+
+    def missing(case: Case[Any]) -> list[Variant]:
+        return [variant for variant in variants if not log.has(case.cell, variant)]
+
+    for group, wanted in groups(cases, missing, together):
+        if wanted:
             machine = machine or load()
-            machine.answer(case, missing, log)
-        progress.add(work_of(case), new=bool(missing))
-        if missing:
-            show(progress.line(case))
+            machine.answer(group, wanted, log, together)
+        for case in group:
+            progress.add(work_of(case), new=bool(wanted))
+            if wanted:
+                show(progress.line(case))
 
 
 def write_text(path: Path, text: str) -> None:
