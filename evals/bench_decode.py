@@ -139,18 +139,20 @@ def first_difference(ids: Sequence[int], wanted: Sequence[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(both) if a != b), min(len(ids), len(wanted)))
 
 
-def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """A line for each case, in Markdown, after a heading."""
+def table(outcomes: Sequence[Outcome], first: str) -> list[str]:
+    """A line for each case, in Markdown, after a heading; they are held to the backend `first`."""
     lines = [
         "| attention, backend | decode, tok/s | of the first | tokens | kernels in CUDA graphs |"
         " outside | prefill, tok/s | compilation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for found in outcomes:
-        base = base_of(found, outcomes)
-        where = first_difference(found.ids, base.ids)
-        same = f"{len(found.ids)}, the same" if where is None else f"differ from token {where}"
-        ratio = "" if not (found.decode and base.decode) else f"{found.decode / base.decode:.2f}x"
+        base, same, ratio = base_of(found, outcomes, first), "nothing to hold them to", ""
+        if base is not None:
+            where = first_difference(found.ids, base.ids)
+            same = f"{len(found.ids)}, the same" if where is None else f"differ from token {where}"
+            if found.decode and base.decode:
+                ratio = f"{found.decode / base.decode:.2f}x"
         counted = ["", ""] if found.launches is None else [*map(str, found.launches)]
         rates = ["" if rate is None else f"{rate:,.1f}" for rate in (found.decode, found.prefill)]
         name = f"{found.case.attention}, {found.case.backend}"
@@ -159,9 +161,9 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def base_of(found: Outcome, outcomes: Sequence[Outcome]) -> Outcome:
-    """The first case with the same attention."""
-    return next(x for x in outcomes if x.case.attention == found.case.attention)
+def base_of(found: Outcome, outcomes: Sequence[Outcome], first: str) -> Outcome | None:
+    """The case of the backend `first` with the same attention; None where that failed."""
+    return next((x for x in outcomes if x.case == Case(found.case.attention, first)), None)
 
 
 def bench(args: argparse.Namespace) -> bool:
@@ -190,11 +192,11 @@ def bench(args: argparse.Namespace) -> bool:
             if args.json is not None:  # after every case: a later one may take the machine down
                 write_text(args.json, json.dumps(content(args, outcomes, failures), indent=1))
     if outcomes:
-        first = outcomes[0]
-        print(f"{ckpt}, {args.tokens:,} tokens; {first.device}, JAX {first.jax}")
-        print("\n".join(table(outcomes)))
-    same = all(found.ids == base_of(found, outcomes).ids for found in outcomes)
-    return same and not failures
+        device, version = outcomes[0].device, outcomes[0].jax
+        print(f"{ckpt}, {args.tokens:,} tokens; {device}, JAX {version}")
+        print("\n".join(table(outcomes, args.backends[0])))
+    bases = [(found, base_of(found, outcomes, args.backends[0])) for found in outcomes]
+    return not failures and all(base and found.ids == base.ids for found, base in bases)
 
 
 def _embedded() -> Path:

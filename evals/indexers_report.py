@@ -59,6 +59,10 @@ def _metric(name: str, budget: str, candidates: str = "evictable") -> str:
     return f"window/{candidates}/{name}@{budget}"
 
 
+def _listed(lengths: Sequence[int]) -> str:
+    return " and ".join(f"{tokens:,}" for tokens in sorted(set(lengths)))
+
+
 def _own(found: Summary) -> Figures:
     return found.arms[ALL_LENGTHS][found.deployed]
 
@@ -126,12 +130,13 @@ class Tables:
     def text(self, place: Place) -> str:
         """All tables, with what they are of."""
         documents, settings = self.first.documents[ALL_LENGTHS], place.settings
-        held_out = lengths(settings["tokens"], settings["held_out"], len(settings["tasks"]))
+        tokens, tasks = settings["tokens"], len(settings["tasks"])
+        judged = lengths(tokens, settings["held_out"], tasks)
+        trained = lengths(tokens, settings["documents"], tasks + len(settings["more"]))
         words = (
-            f"{documents} held-out documents of"
-            f" {' and '.join(f'{tokens:,}' for tokens in sorted(set(held_out)))} tokens,"
+            f"{documents} held-out documents of {_listed(judged)} tokens,"
             f" {self.studies[next(iter(self.studies))].decisions:,} decisions; trained on"
-            f" {settings['documents']} others, {settings['steps']:,} steps of"
+            f" {settings['documents']} others of {_listed(trained)}, {settings['steps']:,} steps of"
             f" {settings['batch_size']} at {settings['learning_rate']:g},"
             f" {len(next(iter(self.seeds.values())))} seeds; {place.device}, JAX {place.jax}."
         )

@@ -164,7 +164,7 @@ def load(args: argparse.Namespace, setup: Setup) -> Machine:
         ),
         Answers(base, model, indexer, calibration),
         Measure(base),
-        args.per_haystack,
+        args.per_haystack if args.suite == "mini" else 1,  # an item of a file is one question
     )
 
 

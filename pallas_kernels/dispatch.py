@@ -17,10 +17,9 @@ HOPPER, GPU, TPU = "hopper", "gpu", "tpu"  # kinds of device; GPU: of another ca
 # What runs without a name, best first; after these, and everywhere else, the definition. A kernel
 # is listed for a kind of device once it was found right there, faster than the definition at the
 # shapes of V4 (docs/kernels.md has the times), and right in a whole model. The others run only when
-# they are named: quant_matmul, as XLA launches no jax-triton call in a CUDA graph, which costs a
-# decode step more than it saves (docs/performance.md), and the decode kernels, which ran in a model
-# only together with it. Listed without all of that: chunks of index_score, whose times are missing;
-# page_recall on other GPUs.
+# they are named: quant_matmul and the decode kernels, all of which together made a decode step
+# slower (docs/performance.md): XLA launches no jax-triton call in a CUDA graph. Listed without all
+# of that: chunks of index_score, whose times are missing; page_recall on other GPUs.
 DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "compress": {HOPPER: (TRITON,)},
     "compress_token": {},  # not timed yet

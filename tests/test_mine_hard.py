@@ -85,6 +85,18 @@ def test_the_best_entries_over_tokens_layers_and_indexers_are_kept(traces, tmp_p
     assert len(set(metadata["indexers"])) == 2 and all(len(d) == 64 for d in metadata["indexers"])
 
 
+def test_a_dilation_makes_no_entry_behind_a_golden_one_a_hard_negative(traces, tmp_path):
+    found = []
+    for dilation in (0, 2):
+        cfg = dataclasses.replace(config(traces), dilation=dilation)
+        path, _ = write(tmp_path / f"{dilation}.safetensors", cfg, 1)
+        out = tmp_path / f"{dilation}.npz"
+        assert run(out, traces, [path], "--interval", INTERVAL, "--top-k", TOP) == 0
+        with np.load(out) as file:
+            found.append({n: file[n].tolist() for n in file.files if not n.startswith("_")})
+    assert found[0] == found[1] and any(found[0].values())
+
+
 def test_entries_that_existed_at_no_scored_token_are_never_taken(traces, tmp_path):
     indexer, weights = write(tmp_path / "a.safetensors", config(traces), 0)
     out = tmp_path / "all.npz"

@@ -73,8 +73,8 @@ def test_haystacks_that_are_answered_together_are_answered_as_each_alone(tmp_pat
         log = Log(tmp_path / str(together), {})
         for at in range(0, len(cases), together):
             machine().answer(cases[at : at + together], variants, log, together)
-        key = lambda r: (str(r["variant"]), r["haystack"], r["question"])  # noqa: E731
-        records.append(sorted(log.records, key=key))
+        order = [(str(r["variant"]), r["haystack"], r["question"]) for r in log.records]
+        records.append([log.records[i] for i in sorted(range(len(order)), key=order.__getitem__)])
     assert len(records[0]) == 3 * 10 and records[0] == records[1]
 
 

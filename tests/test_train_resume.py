@@ -1,5 +1,6 @@
 """A run that stops and goes on is the run that did not: samples, parameters, metrics."""
 
+import dataclasses
 import json
 import os
 import re
@@ -159,6 +160,18 @@ def test_a_run_may_begin_with_what_another_learned(root, unbroken):
     want = checkpoints.load_params(unbroken[0])
     assert got == want[0] and leaves.keys() == want[1].keys()
     jax.tree.map(np.testing.assert_array_equal, leaves, want[1])
+
+
+def test_how_it_is_served_may_differ_from_what_another_run_had(root, unbroken):
+    begin = {"kind": "indexer", "path": str(unbroken[0])}
+    own = dataclasses.replace(config(root).indexer, dilation=2, query_mode="bfloat16")
+    cfg = dataclasses.replace(config(root, init=begin), indexer=own)
+    got, _ = initial_indexer(cfg, open_corpora(cfg)["train"])
+    want = checkpoints.load_params(unbroken[0])[0]
+    assert got == dataclasses.replace(want, dilation=2, query_mode="bfloat16")
+    other = dataclasses.replace(cfg, indexer=dataclasses.replace(own, lookback=2))
+    with pytest.raises(ConfigError, match=r"init.path: indexer.lookback of .* must be 2, got 1"):
+        initial_indexer(other, open_corpora(cfg)["train"])
 
 
 def test_what_a_killed_save_left_is_removed(root, unbroken, tmp_path):

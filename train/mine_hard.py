@@ -11,6 +11,7 @@ configuration names the file. The same input gives the same file.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,10 +42,15 @@ METADATA = "_metadata"  # no trace's name begins like this
 def highest_logits(
     indexers: Sequence[MemoryIndexer], trace: Trace, recording: Recording, *, interval: int
 ) -> np.ndarray:
-    """Each entry's highest logit, float32 [N]; -inf where it existed at no scored token."""
+    """Each entry's highest logit, float32 [N]; -inf where it existed at no scored token.
+
+    Its own, as losses see it: dilated, the entry behind a golden one would be as high.
+    """
     best = np.full(trace.entries, -np.inf, np.float32)
     tokens = recording.decisions(interval)
-    for indexer in indexers:
+    for served in indexers:
+        cfg = dataclasses.replace(served.cfg, dilation=0)
+        indexer = MemoryIndexer(cfg, served.leaves())
         for decision in decisions(indexer, trace, recording, tokens):
             found = best[: decision.entries]
             np.maximum(found, decision.logits.max(axis=0), out=found)

@@ -17,9 +17,10 @@ DESCRIPTION = """\
 Asks a model questions about long texts, with each arm of attention at the same KV bytes on the
 device. Every haystack is prefilled once, for all arms and questions. Answers are appended to
 OUT/answers.jsonl as they come, and the same command goes on from there; then OUT/results.json and
-OUT/results.md are written. A small model leaves a GPU idle most of the time: several processes may
-share it, each with --part I/N, and the command without --part then writes the results. Exit codes:
-0, 2 after an error (one line), 130 after Ctrl-C."""
+OUT/results.md are written. A small model leaves a GPU idle most of the time: --together N answers
+the questions of N haystacks in one batch, which in bfloat16 may round otherwise, and several
+processes may share the GPU, each with --part I/N; the command without --part then writes the
+results. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
 
 KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 
@@ -138,7 +139,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--kv", choices=("auto", *KV_FORMATS), default="auto", help="default: as --dtype")
     add("--prefill-chunk", type=arguments.positive, default=1024, help="tokens; default 1024")
-    help_ = "haystacks of a length and a seed whose questions are answered at a time; default 1"
+    help_ = "haystacks of a size and a seed whose questions are answered at a time; default 1"
     add("--together", type=arguments.positive, default=1, metavar="N", help=help_)
     help_ = "answer every N-th haystack from the I-th on, and write no results"
     add("--part", type=part, default=WHOLE, metavar="I/N", help=help_)

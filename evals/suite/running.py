@@ -78,25 +78,24 @@ class Machine:
         """Prefills each haystack once, and logs what each variant answers to all of them.
 
         The cases, up to `together`, have one capacity and one seed. Batches have `rows` rows for
-        each of `together` haystacks, the last ones idle, so that few programs are compiled; the
-        only question of a run without others has a batch of one.
+        each of `together` haystacks, the last ones of each idle, so that few programs are compiled;
+        a question without others has a batch of one where `together` is 1.
         """
-        capacity, new = capacity_of(cases[0]), [n for case in cases for n in case.new_tokens]
-        parts = []
+        alone = together == 1 and len(cases[0].questions) == 1
+        rows, capacity = 1 if alone else self.rows, capacity_of(cases[0])
+        parts, new = [], []
         for case in cases:
             state = self.prefixes.read(case.haystack, capacity)
             prompts = [question.prompt.tolist() for question in case.questions]
-            parts.append(self.prefixes.ask(state, prompts))
-        asked = join(parts)
-        if len(new) > 1 or together > 1:
-            rows = self.rows * together
-            asked = widen(asked, rows)
-            new = new + [1] * (rows - len(new))
+            parts.append(widen(self.prefixes.ask(state, prompts), rows))
+            new += [*case.new_tokens, *[1] * (rows - len(prompts))]
+        asked = widen(join(parts), rows * together)
+        new += [1] * (rows * together - len(new))
         options = {"new_tokens": new, "capacity": capacity, "seed": cases[0].cell.seed}
         for variant in variants:
             replies = self.answers.run(asked, variant, **options)
-            for case in cases:
-                own, replies = replies[: len(case.questions)], replies[len(case.questions) :]
+            for at, case in enumerate(cases):
+                own = replies[at * rows : at * rows + len(case.questions)]
                 log.append(self.measure.records(case, variant, own))
 
 
@@ -130,7 +129,7 @@ def run(
     """Answers everything of a part that `log` does not have, questions of up to `together`
     haystacks at a time; the model is loaded where something is missing.
 
-    `show` is called with a line after every haystack that was read.
+    `show` is called with a line after every group of haystacks that was read.
     """
     progress, machine = Progress(grid.work // part.count), None
     cases = (case for number, case in enumerate(grid.cases()) if part.has(number))
@@ -142,10 +141,9 @@ def run(
         if wanted:
             machine = machine or load()
             machine.answer(group, wanted, log, together)
-        for case in group:
-            progress.add(work_of(case), new=bool(wanted))
-            if wanted:
-                show(progress.line(case))
+        progress.add(sum(map(work_of, group)), new=bool(wanted))
+        if wanted:
+            show(progress.line(group[-1]))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -105,6 +105,7 @@ CASES = (
     small("all, some, one, none", 192, (192, 70, 1, 0), (128, 128, 3, 0), "fp8"),
     small("a window alone", 64, (0, 0), (128, 64)),
     small("8 heads", 192, (70,), (128,), heads=8),
+    small("24 heads", 192, (70,), (128,), heads=24),
     small("32 heads", 192, (192, 70), (128, 3), "fp8", heads=32),
     small("more entries than counted blocks", 1088, (65, 1088), (0, 128)),
     small("entries that no block divides", 37, (37, 20), (128, 9), declined=NOT_PAGES),

@@ -113,6 +113,8 @@ CASES = (
     small("own rows", "fp8", own=True, declined=FP8_DECLINED),
     small("128 heads", heads=128),
     small("8 heads", heads=8),
+    small("24 heads", heads=24),
+    small("96 heads", heads=96),
     small("32 heads", "fp8", heads=32, declined=FP8_DECLINED),
     small("picks that no chunk divides", picks=37, declined=(dispatch.MOSAIC_TPU,)),
     small("picks that no block divides", "fp8", picks=3, declined=FP8_DECLINED),

@@ -27,7 +27,7 @@ _BLOCK = 64  # decisions whose logits are on the host at once
 
 class Decision(NamedTuple):
     """A token, the entries that exist at it, and the target layers' logits [L, entries], or, of an
-    indexer with the score "softmax", logarithms of shares, of all tokens that it asks."""
+    indexer with the score "softmax", logarithms of shares, of all tokens that it asks; dilated."""
 
     token: int
     entries: int

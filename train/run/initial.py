@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -98,17 +98,21 @@ def _read(path: Path) -> IndexerFile:
 def file_leaves(cfg: IndexerConfig, path: Path) -> tuple[IndexerConfig, Leaves]:
     """The weights of an indexer file or a run, of the shape, ensemble and RoPE asked for.
 
-    The norm's epsilon is the file's own: a widened indexer's is not its model's.
+    The norm's epsilon is the file's own: a widened indexer's is not its model's. Query mode and
+    dilation, which training does not look at, are those asked for.
     """
     file = _read(path)
-    deployed = {"norm_eps": file.config.norm_eps, "query_mode": file.config.query_mode}
-    wanted = dataclasses.replace(cfg, **deployed)
+    own: dict[str, Any] = {
+        name: getattr(file.config, name) for name in ("norm_eps", "query_mode", "dilation")
+    }
+    wanted = dataclasses.replace(cfg, **own)
     for field in dataclasses.fields(IndexerConfig):
         got, want = getattr(file.config, field.name), getattr(wanted, field.name)
         if got != want:
             raise refusal(f"init.path: indexer.{field.name} of {path}", got, f"{want!r}")
     leaves = {name: leaf.astype(np.float32) for name, leaf in file.leaves.items()}
-    return dataclasses.replace(wanted, query_mode=cfg.query_mode), leaves
+    served = {"query_mode": cfg.query_mode, "dilation": cfg.dilation}
+    return dataclasses.replace(wanted, **served), leaves
 
 
 def initial_indexer(cfg: TrainConfig, corpus: Corpus) -> tuple[IndexerConfig, Leaves]:
