@@ -136,7 +136,8 @@ class Tables:
         words = (
             f"{documents} held-out documents of {_listed(judged)} tokens,"
             f" {self.studies[next(iter(self.studies))].decisions:,} decisions; trained on"
-            f" {settings['documents']} others of {_listed(trained)}, {settings['steps']:,} steps of"
+            f" {settings['documents']} others of {_listed(trained)} tokens,"
+            f" {settings['steps']:,} steps of"
             f" {settings['batch_size']} at {settings['learning_rate']:g},"
             f" {len(next(iter(self.seeds.values())))} seeds; {place.device}, JAX {place.jax}."
         )
