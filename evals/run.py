@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,6 +16,7 @@ import jax
 from evals.suite import tables
 from evals.suite.answers import Answers
 from evals.suite.cases import MiniGrid, check_lengths, check_tasks
+from evals.suite.cells import Block, Given, all_variants, averaged, given, named
 from evals.suite.measure import Measure
 from evals.suite.official import READERS, OfficialGrid, read_grid
 from evals.suite.options import KV_FORMATS, parse
@@ -23,7 +24,7 @@ from evals.suite.prefix import Prefixes
 from evals.suite.records import WHOLE, Log
 from evals.suite.running import Machine, run, write_text
 from evals.suite.summary import Line, summarise
-from evals.suite.variants import Axes, Base, Variant
+from evals.suite.variants import Axes, Base
 from lsa_jax import cli, model_io
 from lsa_jax.checkpoint import manifest
 from lsa_jax.config import (
@@ -51,8 +52,8 @@ class Setup:
     base: Base
     compute: ComputeConfig
     indexer: IndexerFile | None
-    variants: list[Variant]
-    grid: MiniGrid | OfficialGrid
+    blocks: tuple[Block, ...]
+    seeds: tuple[int, ...]  # how many, the counts of all blocks
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -61,9 +62,10 @@ def prepare(args: argparse.Namespace) -> Setup:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, got none: pip install 'lsa_jax[plot]'")
     cfg = model_io.read_config(args.ckpt)
-    grid = make_grid(args, cfg)
-    if "lsa" in args.arms and args.indexer is None:
-        raise ConfigError("--arms lsa needs --indexer FILE, got none")
+    cells = given(args)
+    for cell in cells:
+        if "lsa" in cell.options.arms and args.indexer is None:
+            raise ConfigError(f"{cell.where}--arms lsa needs --indexer FILE, got none")
     file = None if args.indexer is None else read_indexer(args.indexer, cfg)
     targets = file.config.target_layers if file else args.target_layers
     if file and args.target_layers not in (None, targets):
@@ -79,9 +81,18 @@ def prepare(args: argparse.Namespace) -> Setup:
         window_bytes=jax.numpy.dtype(compute.dtype).itemsize,
         lookback=file.config.lookback if file else 1,
     )
-    variants = axes(args).variants()
-    base.check(variants, grid.lengths)
-    return Setup(base, compute, file, variants, grid)
+    blocks = tuple(make_block(cell, base) for cell in cells)
+    seeds = sorted({cell.options.seeds for cell in cells})
+    return Setup(base, compute, file, blocks, tuple(seeds))
+
+
+def make_block(cell: Given, base: Base) -> Block:
+    """What a cell asks of which variants; ConfigError for what cannot be, which names the cell."""
+    with named(cell.where):
+        grid = make_grid(cell.options, base.cfg)
+        variants = axes(cell.options).variants()
+        base.check(variants, grid.lengths)
+    return Block(grid, variants)
 
 
 def make_grid(args: argparse.Namespace, cfg: ModelConfig) -> MiniGrid | OfficialGrid:
@@ -168,12 +179,13 @@ def load(args: argparse.Namespace, setup: Setup) -> Machine:
     )
 
 
-def write_results(args: argparse.Namespace, lines: list[Line], held: dict[str, Any]) -> None:
+def write_results(
+    args: argparse.Namespace, lines: list[Line], held: dict[str, Any], seeds: Sequence[int]
+) -> None:
     """Tables, and pictures where they are wanted."""
     device = jax.devices()[0].device_kind
-    told = (
-        f"`mini` suite, {args.seeds} seeds, {device}, {held['dtype']}, KV as {held['kv_format']}."
-    )
+    drawn = " or ".join(map(str, seeds))
+    told = f"`mini` suite, {drawn} seeds, {device}, {held['dtype']}, KV as {held['kv_format']}."
     text = tables.markdown(lines, heading="## Measured: mini", source=told)
     circumstances = {"settings": held, "device": device, "jax": jax.__version__}
     content = tables.to_text(tables.as_json(lines, **circumstances))
@@ -207,12 +219,12 @@ def evaluate(args: argparse.Namespace) -> None:
     held = settings(args, setup)
     log = Log(args.out, held, args.part)
     machine = functools.partial(load, args, setup)
-    run(setup.grid, setup.variants, log, machine, show_now_and_then(), args.part, args.together)
+    keys = run(setup.blocks, log, machine, show_now_and_then(), args.part, args.together)
     if args.part != WHOLE:
         print(f"part {args.part.index} of {args.part.count} is done", file=sys.stderr)
         return
-    records = [record for record in log.records if setup.grid.has(record)]
-    write_results(args, summarise(records, setup.variants), held)
+    lines = summarise(log.of(keys), all_variants(setup.blocks), averaged(setup.blocks))
+    write_results(args, lines, held, setup.seeds)
 
 
 def main(argv: list[str] | None = None) -> int:

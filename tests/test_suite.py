@@ -1,8 +1,6 @@
 """The suite without a model: what is compared, what is kept, what is counted."""
 
 import dataclasses
-import functools
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -10,31 +8,28 @@ import numpy as np
 import pytest
 
 from evals.suite import tables
-from evals.suite.cases import Cell, MiniGrid, draw
+from evals.suite.cases import Cell, draw
+from evals.suite.cells import Block
 from evals.suite.measure import Measure, evidence_entries, recalled
-from evals.suite.records import WHOLE, Log, Part, read
+from evals.suite.records import Log, Part, read
 from evals.suite.replies import Cycle, Reply
 from evals.suite.running import Machine, Progress, groups, run
 from evals.suite.summary import FULL, summarise
-from evals.suite.variants import ARMS, Axes, Base, Variant
-from lsa_jax.config import CacheConfig, ConfigError
-from lsa_jax.config_io import load_config
-from train.quality.intervals import RESAMPLES
-
-MINI = load_config("mini_model")
-BASE = Base(
-    cfg=MINI,
-    cache=CacheConfig(kv_format="fp8", page_entries=4),
-    targets=(3,),
-    recency=16,
-    sink=0,
-    window_bytes=2,
+from evals.suite.variants import ARMS, Axes, Variant
+from lsa_jax.config import ConfigError
+from tests.suite_knowing import (
+    BASE,
+    BLOCK,
+    GRID,
+    LSA,
+    VARIANTS,
+    Interrupted,
+    Knowing,
+    listed,
+    planted,
+    results,
 )
-GRID = MiniGrid(tasks=("niah_single_2", "vt"), lengths=(640,), seeds=2, questions=5, each=3)
-LSA = Variant(arm="lsa", budget="0.5", lookahead=16, page_entries=4, policy="budget")
-RECENCY = Variant(arm="recency", budget="0.5", lookahead=16, page_entries=4)
-VARIANTS = (FULL, LSA, RECENCY)
-
+from train.quality.intervals import RESAMPLES
 
 # What is compared
 
@@ -120,54 +115,6 @@ def test_full_attention_has_everything_and_its_ablation_reads_none_of_it():
 # A run, with a machine that knows the answers
 
 
-class Knowing:
-    """Answers rightly in every arm but recency, which is right about even haystacks only."""
-
-    def __init__(self):
-        self.prefills, self.asked = [], []
-
-    def answer(self, cases, variants, log, together=1):
-        assert len(cases) <= together
-        self.prefills += [case.cell for case in cases]
-        for variant, case in itertools.product(variants, cases):
-            self.asked.append((case.cell, variant))
-            wrong = variant.arm == "recency" and case.cell.haystack % 2
-            said = [[1] if wrong else q.answer.tolist() for q in case.questions]
-            replies = [Reply(ids, _cycles(case, variant), 0) for ids in said]
-            log.append(Measure(BASE).records(case, variant, replies))
-
-
-def _cycles(case, variant):
-    if variant == FULL:
-        return []
-    end = case.most_tokens
-    complete = len(case.haystack) // 16
-    return [Cycle(complete, (0, 1), above=0, wanted=2, over_budget=0, due=end, end=end)]
-
-
-@functools.cache
-def listed(grid):
-    """Drawing takes longer than all else here."""
-    return list(grid.cases())
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    grid: MiniGrid
-    work: int = 1
-
-    def cases(self):
-        yield from listed(self.grid)
-
-
-def results(directory, machine, grid=GRID, variants=VARIANTS, part=WHOLE, together=1):
-    log = Log(directory, {"checkpoint": "one"}, part)
-    run(Drawn(grid), variants, log, lambda: machine, lambda line: None, part, together)
-    lines = summarise(log.records, variants)
-    text = tables.markdown(lines, heading="# Results", source="Planted.")
-    return log, text, tables.to_text(tables.as_json(lines))
-
-
 def test_all_arms_share_one_prefill_of_each_haystack(tmp_path):
     machine = Knowing()
     results(tmp_path, machine)
@@ -213,18 +160,6 @@ def test_haystacks_go_together_where_programs_seeds_and_what_is_missing_are_the_
     assert found == [(numbers, list(missing)) for numbers, missing in wanted]
 
 
-class Interrupted(Knowing):
-    def __init__(self, after):
-        super().__init__()
-        self.after = after
-
-    def answer(self, cases, variants, log, together=1):
-        if len(self.prefills) == self.after:
-            super().answer(cases, variants[:2], log, together)
-            raise KeyboardInterrupt
-        super().answer(cases, variants, log, together)
-
-
 @pytest.mark.parametrize(("cut", "together"), [(0, 1), (1, 1), (40, 2), (1500, 1), (1500, 2)])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_tables(tmp_path, cut, together):
     whole, machine = results(tmp_path / "whole", Knowing()), Interrupted(after=2)
@@ -244,7 +179,8 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_tables(tmp_path, cut, togeth
 
 
 def test_more_arms_and_questions_are_added_to_what_is_there(tmp_path):
-    results(tmp_path, Knowing(), dataclasses.replace(GRID, questions=3), VARIANTS[:2])
+    fewer = Block(dataclasses.replace(GRID, questions=3), VARIANTS[:2])
+    results(tmp_path, Knowing(), fewer)
     machine = Knowing()
     _, text, _ = results(tmp_path, machine)
     assert text == results(tmp_path / "other", Knowing())[1]
@@ -258,7 +194,7 @@ def test_answers_of_another_checkpoint_are_refused(tmp_path):
 
 
 def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path):
-    log, *_ = results(tmp_path, Knowing(), dataclasses.replace(GRID, seeds=1))
+    log, *_ = results(tmp_path, Knowing(), Block(dataclasses.replace(GRID, seeds=1), VARIANTS))
     lines = log.path.read_text().splitlines()
     log.path.write_text("\n".join([lines[0], lines[1][:50], *lines[2:], ""]))
     before = log.path.read_bytes()
@@ -268,27 +204,6 @@ def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path):
 
 
 # Figures
-
-
-def planted(rng, variant, task="vt", haystacks=12):
-    """Records with scores at random, with different numbers of questions a haystack."""
-    sizes = {"device": 10, "full": 100, "host": 90, "device_reserved": 12, "full_reserved": 110}
-    return [
-        {
-            "task": task,
-            "length": 640,
-            "seed": haystack % 3,
-            "haystack": haystack // 3,
-            "question": question,
-            "variant": variant.as_dict(),
-            "score": float(rng.random() < 0.7),
-            "kept": 0.1,
-            "evidence": [4, 1, 2],
-            **sizes,
-        }
-        for haystack in range(haystacks)
-        for question in range(1 + haystack % 4)
-    ]
 
 
 def by_haystack(records):
@@ -301,7 +216,7 @@ def by_haystack(records):
 def test_paired_differences_and_intervals_are_those_of_an_independent_computation():
     rng = np.random.default_rng(5)
     full, lsa = planted(rng, FULL), planted(rng, LSA)
-    (_, line) = summarise(full + lsa, [FULL, LSA])
+    (_, line) = summarise(full + lsa, [FULL, LSA], {})
     mine, others = by_haystack(lsa), by_haystack(full)
     mean = lambda groups: np.mean([x for group in groups for x in group])  # noqa: E731
     assert line.accuracy.value == pytest.approx(mean(mine))
@@ -323,7 +238,7 @@ def test_paired_differences_and_intervals_are_those_of_an_independent_computatio
 def test_only_questions_that_both_have_answered_are_compared():
     rng = np.random.default_rng(6)
     full, lsa = planted(rng, FULL, haystacks=6), planted(rng, LSA, haystacks=12)
-    (_, line) = summarise(full + lsa, [FULL, LSA])
+    (_, line) = summarise(full + lsa, [FULL, LSA], {})
     shared = [
         r for r in lsa if (r["seed"], r["haystack"]) in {(f["seed"], f["haystack"]) for f in full}
     ]
@@ -336,7 +251,7 @@ def test_averages_weigh_tasks_alike_and_want_all_of_them():
     rng = np.random.default_rng(7)
     records = planted(rng, FULL, "vt", 3) + planted(rng, FULL, "niah_single_1", 12)
     records += planted(rng, LSA, "vt", 3)
-    lines = summarise(records, [FULL, LSA])
+    lines = summarise(records, [FULL, LSA], {640: ("vt", "niah_single_1")})
     tasks = {line.task: line for line in lines if line.variant == FULL}
     want = (tasks["vt"].accuracy.value + tasks["niah_single_1"].accuracy.value) / 2
     assert tasks["retrieval"].accuracy.value == pytest.approx(want)
@@ -346,7 +261,8 @@ def test_averages_weigh_tasks_alike_and_want_all_of_them():
 
 def test_the_table_says_what_was_asked_and_json_has_no_nan():
     rng = np.random.default_rng(8)
-    lines = summarise(planted(rng, FULL, haystacks=1) + planted(rng, LSA, haystacks=1), [FULL, LSA])
+    records = planted(rng, FULL, haystacks=1) + planted(rng, LSA, haystacks=1)
+    lines = summarise(records, [FULL, LSA], {640: ("vt",)})
     text = tables.markdown(lines, heading="# Mini", source="Here.")
     assert "### vt" in text and "| 25.0, 50.0 |" in text and "10.0 | 100.0 | 10.0 | 10.9" in text
     content = json.loads(tables.to_text(tables.as_json(lines, device="cpu")))
@@ -371,12 +287,6 @@ def test_progress_counts_what_was_there_but_not_its_time():
     assert progress.line(case).endswith(" left")
 
 
-def test_records_of_another_grid_are_left_out(tmp_path):
-    log, *_ = results(tmp_path, Knowing())
-    small = dataclasses.replace(GRID, tasks=("vt",), seeds=1)
-    assert {(r["task"], r["seed"]) for r in log.records if small.has(r)} == {("vt", 0)}
-
-
 def test_a_machine_is_loaded_only_where_an_answer_is_missing(tmp_path):
     results(tmp_path, Knowing())
     log = Log(tmp_path, {"checkpoint": "one"})
@@ -384,4 +294,4 @@ def test_a_machine_is_loaded_only_where_an_answer_is_missing(tmp_path):
     def load() -> Machine:
         raise AssertionError("nothing is missing")
 
-    run(Drawn(GRID), VARIANTS, log, load, lambda line: None)
+    run([BLOCK], log, load, lambda line: None)

@@ -275,6 +275,27 @@ def test_the_command_answers_once_and_writes_the_same_tables_again(weights, tmp_
 
 
 @pytest.mark.slow
+def test_cells_take_what_other_commands_have_answered(weights, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "cells.toml"
+    for options in (["--arms", "full,recency"], ["--arms", "lsa", "--lookahead", str(LOOKAHEAD)]):
+        assert command.main(arguments(weights, out, *options, "--kv-budget", "0.5")) == 0
+    capsys.readouterr()
+    cells = ["arms = ['full', 'recency']", f"arms = 'lsa'\nlookahead = {LOOKAHEAD}"]
+    file.write_text("".join(f"[[cells]]\nkv_budget = '0.5'\n{cell}\n" for cell in cells))
+    options = ["--arms", "quest", "--cells", str(file), "--plot"]
+    assert command.main(arguments(weights, out, *options)) == 0
+    assert "loading" not in capsys.readouterr().err
+    lines = json.loads((out / "results.json").read_bytes())["lines"]
+    assert [line["variant"]["arm"] for line in lines] == ["full", "recency", "lsa"]
+    file.write_text(file.read_text() + "[[cells]]\nkv_budget = '0.6'\narms = 'recency'\n")
+    assert command.main(arguments(weights, out, *options, "--part", "1/2")) == 0
+    assert capsys.readouterr().err.count("loading") == 1
+    assert command.main(arguments(weights, out, *options)) == 0
+    assert "loading" not in capsys.readouterr().err  # there is one haystack, the first part's
+    assert len(json.loads((out / "results.json").read_bytes())["lines"]) == 4
+
+
+@pytest.mark.slow
 def test_the_demo_shows_both_and_writes_what_it_says(weights, tmp_path, capsys):
     ckpt, indexer = map(str, weights)
     file, plot = tmp_path / "demo.json", tmp_path / "demo.png"

@@ -1,6 +1,5 @@
 """Official files: rows as their projects write them, made up, and the rules of their scores."""
 
-import dataclasses
 import json
 
 import pytest
@@ -96,7 +95,8 @@ def test_a_case_asks_the_end_of_the_prompt_and_decodes_what_was_said(tmp_path, t
         assert case.most_tokens <= case.cell.length + 8 and case.new_tokens == (128,)
         assert case.scores[0](tokenizer.encode("12 34")) == 1.0
     assert read_grid({"ruler": [path]}, tokenizer, 1000).left_out == 1
-    assert grid.has({**dataclasses.asdict(first.cell)})
+    assert [grid.tasks_at(length) for length in grid.lengths] == [("ruler/niah_single_1",)] * 2
+    assert grid.tasks_at(2048) == ()
     with pytest.raises(ConfigError, match="items that fit, got 2"):
         read_grid({"ruler": [path]}, tokenizer, 10)
 

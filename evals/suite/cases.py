@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -163,10 +163,6 @@ class MiniGrid:
                 for task in self.tasks:
                     yield from cases(task, length, seed, total=self.questions, each=self.each)
 
-    def has(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is of one of these; a run's directory may have others."""
-        return (
-            record["task"] in self.tasks
-            and record["length"] in self.lengths
-            and record["seed"] < self.seeds
-        )
+    def tasks_at(self, length: int) -> Sequence[str]:
+        """The tasks, which are the same at every length."""
+        return self.tasks

@@ -226,13 +226,10 @@ class OfficialGrid:
         """All of them, the short ones first."""
         yield from sorted(self.made, key=lambda case: case.cell.length)
 
-    def has(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is of one of these cases."""
-        return (record["task"], record["haystack"]) in self._keys
-
-    @functools.cached_property
-    def _keys(self) -> set[tuple[str, int]]:
-        return {(case.cell.task, case.cell.haystack) for case in self.made}
+    def tasks_at(self, length: int) -> tuple[str, ...]:
+        """Tasks of the cases with this room, each once."""
+        own = (case.cell.task for case in self.made if case.cell.length == length)
+        return tuple(dict.fromkeys(own))
 
 
 def read_grid(

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from evals.suite.cases import TASKS
 from evals.suite.records import WHOLE, Part
@@ -20,7 +20,8 @@ OUT/answers.jsonl as they come, and the same command goes on from there; then OU
 OUT/results.md are written. A small model leaves a GPU idle most of the time: --together N answers
 the questions of N haystacks in one batch, which in bfloat16 may round otherwise, and several
 processes may share the GPU, each with --part I/N; the command without --part then writes the
-results. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
+results. --cells FILE.toml has several products of options in one run, each a table [[cells]] that
+prefills for itself. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
 
 KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 
@@ -72,6 +73,23 @@ def budget(text: str) -> str:
     return text
 
 
+# What a cell of --cells may say, as the options of these names.
+CELL_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "arms": listed(one_of(ARMS)),
+    "kv_budget": listed(budget),
+    "tasks": listed(str),
+    "lengths": listed(arguments.positive),
+    "seeds": arguments.positive,
+    "questions": arguments.positive,
+    "lookahead": listed(arguments.positive_count),
+    "page_entries": listed(arguments.positive_count),
+    "policy": listed(one_of(get_args(LsaPolicy))),
+    "threshold": listed(arguments.inner),
+    "ensemble": listed(one_of(get_args(Ensemble))),
+    "fallback": listed(arguments.bound),
+}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; bad ones end the process with one line and exit code 2."""
     parser = cli.Parser(prog="python -m evals.run", description=DESCRIPTION, allow_abbrev=False)
@@ -80,9 +98,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ckpt", type=Path, required=True, help="directory of the checkpoint")
     add("--indexer", type=Path, metavar="FILE", help="memory indexer, for the arm lsa")
     add("--out", type=Path, required=True, metavar="DIR", help="answers, tables, figures")
-    arms = listed(one_of(ARMS))
-    add("--arms", type=arms, default=("full", "lsa", "recency", "random"), help=", ".join(ARMS))
-    add("--kv-budget", type=listed(budget), default=("0.10",), help="one or more; default 0.10")
+    of, arms = CELL_OPTIONS, ("full", "lsa", "recency", "random")
+    add("--arms", type=of["arms"], default=arms, help=", ".join(ARMS))
+    add("--kv-budget", type=of["kv_budget"], default=("0.10",), help="one or more; default 0.10")
     _add_questions(parser)
     _add_files(parser)
     _add_axes(parser)
@@ -105,29 +123,32 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("questions, for --suite mini").add_argument
-    many = listed(arguments.positive)
-    add("--tasks", type=listed(str), default=TASKS, help=f"default: {', '.join(TASKS)}")
-    add("--lengths", type=many, default=(8192,), help="tokens, one or more; default 8192")
-    add("--seeds", type=arguments.positive, default=3, help="seeds 0, 1, ..; default 3")
+    of = CELL_OPTIONS
+    help_ = "several products of options: tables [[cells]] with what is not as the options say, of "
+    add("--cells", type=Path, metavar="FILE.toml", help=help_ + ", ".join(CELL_OPTIONS))
+    add("--tasks", type=of["tasks"], default=TASKS, help=f"default: {', '.join(TASKS)}")
+    add("--lengths", type=of["lengths"], default=(8192,), help="tokens, one or more; default 8192")
+    add("--seeds", type=of["seeds"], default=3, help="seeds 0, 1, ..; default 3")
     help_ = "at least so many of each task, length and seed; default 40"
-    add("--questions", type=arguments.positive, default=40, help=help_)
+    add("--questions", type=of["questions"], default=40, help=help_)
     help_ = "questions about one haystack, answered at a time; default 8"
     add("--per-haystack", type=arguments.positive, default=8, help=help_)
 
 
 def _add_axes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("settings of the arms (several: ablations)").add_argument
-    many = listed(arguments.positive_count)
-    add("--lookahead", type=many, default=(16,), help="steps between recalls; default 16")
-    add("--page-entries", type=many, default=(4,), help="default 4")
-    policies = listed(one_of(get_args(LsaPolicy)))
-    add("--policy", type=policies, default=("budget",), help="of lsa: budget (default), threshold")
+    of = CELL_OPTIONS
+    help_ = "steps between recalls; default 16"
+    add("--lookahead", type=of["lookahead"], default=(16,), help=help_)
+    add("--page-entries", type=of["page_entries"], default=(4,), help="default 4")
+    help_ = "of lsa: budget (default), threshold"
+    add("--policy", type=of["policy"], default=("budget",), help=help_)
     help_ = "of lsa; default: as calibrated in the indexer's file, else 0.5"
-    add("--threshold", type=listed(arguments.inner), default=(None,), help=help_)
-    ensembles = listed(one_of(get_args(Ensemble)))
-    add("--ensemble", type=ensembles, default=(None,), help="of lsa; default: the indexer's own")
-    bounds = listed(arguments.bound)
-    add("--fallback", type=bounds, default=(None,), help="off (default) or missed mass; several")
+    add("--threshold", type=of["threshold"], default=(None,), help=help_)
+    help_ = "of lsa; default: the indexer's own"
+    add("--ensemble", type=of["ensemble"], default=(None,), help=help_)
+    help_ = "off (default) or missed mass; several"
+    add("--fallback", type=of["fallback"], default=(None,), help=help_)
     help_ = "last entries that are always wanted; default 16"
     add("--recency", type=arguments.count, default=16, help=help_)
     add("--sink", type=arguments.count, default=0, help="first ones; default 0")

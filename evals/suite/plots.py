@@ -1,8 +1,9 @@
 """Pictures of a run. Needs matplotlib (the extra `plot`)."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from matplotlib.patches import Patch
 
 from evals.suite.summary import AVERAGES, Line
 from evals.suite.variants import UNBOUNDED, Variant
+
+_Series = dict[str, list[Line]]  # by label
 
 SWEEPS = ("lookahead", "page_entries", "threshold", "ensemble", "fallback")
 _COLOURS = {
@@ -86,7 +89,7 @@ def every(lines: Sequence[Line]) -> Iterator[tuple[str, Figure]]:
 
 def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
     """Accuracy over the KV share on the device, a panel per task, at one length; full attention and
-    its ablation are horizontal lines."""
+    its ablation are horizontal lines. An arm that has several settings is shown with the first."""
     lines = [line for line in lines if line.length == length]
     tasks = _tasks(lines)
     figure, panels = _panels(len(tasks), dpi)
@@ -97,7 +100,9 @@ def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
                 arm = line.variant.arm
                 height = 100 * line.accuracy.value
                 axes.axhline(height, color=_COLOURS[arm], label=arm, linestyle="--", linewidth=1)
-        for label, points in _series(own, lambda line: 100 * line.device, "budget", "threshold"):
+        chosen = [line for line in own if line.variant.arm not in UNBOUNDED]
+        for label, (first, *_) in _groups(chosen, _without_bound).items():
+            points = [(100 * line.device, line) for line in first]
             _draw(axes, points, label, linestyle=":" if "threshold" in label else "-")
         axes.set(xlabel="KV bytes on the device (% of all)", ylabel="accuracy (%)", title=task)
     panels[0].legend(fontsize="x-small")
@@ -106,76 +111,81 @@ def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
 
 
 def by_length(lines: Sequence[Line], *, dpi: int = 120) -> Figure:
-    """Accuracy over the length, a panel per task, with the first budget of each arm."""
+    """Accuracy over the length, a panel per task, each arm with the budget and the settings that
+    it has at the most lengths."""
     tasks = _tasks(lines)
     figure, panels = _panels(len(tasks), dpi)
     for axes, task in zip(panels, tasks, strict=True):
         own = [line for line in lines if line.task == task]
-        first = _first_variants(own)
-        for arm, variant in first.items():
-            points = [(float(line.length), line) for line in own if line.variant == variant]
-            bound = "" if variant.budget is None else f" {variant.budget}"
-            _draw(axes, points, arm + bound)
+        for label, found in _groups(own, lambda variant: variant).items():
+            most = max(found, key=len)
+            points = [(float(line.length), line) for line in most]
+            _draw(axes, points, _bounded(label, most[0].variant))
         axes.set(xlabel="tokens", ylabel="accuracy (%)", title=task, xscale="log")
     panels[0].legend(fontsize="x-small")
     return figure
 
 
-def _first_variants(lines: Sequence[Line]) -> dict[str, Variant]:
-    out: dict[str, Variant] = {}
+def _groups(
+    lines: Sequence[Line], rest: Callable[[Variant], Variant]
+) -> dict[str, list[list[Line]]]:
+    """The lines of each label in groups whose variants are the same by `rest`, in their order."""
+    found: dict[str, dict[Variant, list[Line]]] = {}
     for line in lines:
-        out.setdefault(_label(line.variant), line.variant)
-    return out
+        groups = found.setdefault(_label(line.variant), {})
+        groups.setdefault(rest(line.variant), []).append(line)
+    return {label: list(groups.values()) for label, groups in found.items()}
 
 
-def _series(
-    lines: Sequence[Line], position: Callable[[Line], float], *free: str
-) -> Iterator[tuple[str, list[tuple[float, Line]]]]:
-    """Points of each label whose variants differ in `free` settings only from the label's first."""
-    for label, first in _first_variants(lines).items():
-        if first.arm in UNBOUNDED:
-            continue
-        points = [
-            (position(line), line)
-            for line in lines
-            if _label(line.variant) == label and _same_but(line.variant, first, free)
-        ]
-        if points:
-            yield label, points
+def _without_bound(variant: Variant) -> Variant:
+    """Without what says how much may be on the device."""
+    free = "threshold" if variant.policy == "threshold" else "budget"
+    return dataclasses.replace(variant, **{free: None})
 
 
-def _same_but(a: Variant, b: Variant, free: Sequence[str]) -> bool:
-    same = {name: getattr(b, name) for name in free}
-    return dataclasses.replace(a, **same) == b
+def _bounded(label: str, variant: Variant) -> str:
+    return label if variant.budget is None else f"{label} {variant.budget}"
 
 
 def sweeps(lines: Sequence[Line], *, dpi: int = 120) -> Iterator[tuple[str, Figure]]:
-    """A picture for each setting that was given several values: accuracy over it, a panel per
-    length, of the average or of the only task."""
-    task = _tasks(lines)[0]
-    lines = [line for line in lines if line.task == task]
-    for name in SWEEPS:
-        values = {getattr(line.variant, name) for line in lines} - {None}
-        values |= {None} if name == "fallback" and values else set()
-        if len(values) > 1:
-            yield name, _sweep(lines, name, sorted(values, key=lambda v: (v is not None, v)), dpi)
-
-
-def _sweep(lines: Sequence[Line], name: str, values: list[Any], dpi: int) -> Figure:
+    """A picture for each setting that lines differ in: accuracy over it, a panel per task and
+    length that have several values of it; of averages only, where these have."""
     lengths = sorted({line.length for line in lines})
-    figure, panels = _panels(len(lengths), dpi)
+    for name in SWEEPS:
+        panels: dict[tuple[str, int], _Series] = {}
+        for task, length in itertools.product(_tasks(lines), lengths):
+            own = [line for line in lines if (line.task, line.length) == (task, length)]
+            if series := _series(own, name):
+                panels[task, length] = series
+        averages = {at: series for at, series in panels.items() if at[0] in AVERAGES}
+        if panels:
+            yield name, _sweep(averages or panels, name, dpi)
 
-    def place(line: Line) -> float:
-        return float(values.index(getattr(line.variant, name)))
 
-    lines = [line for line in lines if getattr(line.variant, name) in values]
-    for axes, length in zip(panels, lengths, strict=True):
-        own = [line for line in lines if line.length == length]
-        for label, points in _series(own, place, name):
-            _draw(axes, points, label)
+def _series(lines: Sequence[Line], name: str) -> _Series:
+    """For each label the lines that differ in one setting only, where there are several. Where
+    other settings tell several such series apart, the one with the most values, else the first."""
+    chosen = [line for line in lines if line.variant.arm not in UNBOUNDED]
+    if name != "fallback":  # whose None is a value: off
+        chosen = [line for line in chosen if getattr(line.variant, name) is not None]
+    groups = _groups(chosen, lambda variant: dataclasses.replace(variant, **{name: None}))
+    widest = {label: max(found, key=len) for label, found in groups.items()}
+    return {label: own for label, own in widest.items() if len(own) > 1}
+
+
+def _sweep(panels: Mapping[tuple[str, int], _Series], name: str, dpi: int) -> Figure:
+    """Accuracy over the values of a setting, with the same distance between any two."""
+    all_series = [own for series in panels.values() for own in series.values()]
+    found = {getattr(line.variant, name) for own in all_series for line in own}
+    values = sorted(found, key=lambda value: (value is not None, value))
+    figure, axes_of = _panels(len(panels), dpi)
+    for axes, ((task, length), series) in zip(axes_of, panels.items(), strict=True):
+        for label, own in series.items():
+            points = [(float(values.index(getattr(line.variant, name))), line) for line in own]
+            _draw(axes, points, _bounded(label, own[0].variant))
         axes.set_xticks(range(len(values)), ["off" if v is None else str(v) for v in values])
-        axes.set(xlabel=name, ylabel="accuracy (%)", title=f"{lines[0].task}, {length:,} tokens")
-    panels[0].legend(fontsize="x-small")
+        axes.set(xlabel=name, ylabel="accuracy (%)", title=f"{task}, {length:,} tokens")
+        axes.legend(fontsize="x-small")
     return figure
 
 

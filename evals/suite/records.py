@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,10 @@ class Log:
     def has(self, cell: Cell, variant: Variant) -> bool:
         """Whether a group is there."""
         return key_of(cell, variant) in self._done
+
+    def of(self, keys: Collection[Key]) -> list[Record]:
+        """The records of these groups; earlier runs may have left others."""
+        return [record for record in self.records if _key(record) in keys]
 
     def append(self, records: Sequence[Record]) -> None:
         """Adds a whole group, and has it on the disk before it returns."""

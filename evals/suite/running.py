@@ -1,31 +1,20 @@
 """The loop of a run: haystacks in order, one prefill each, the answers that are still missing."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from evals.suite.answers import Answers
-from evals.suite.cases import Case, capacity_for
+from evals.suite.cases import Case, Cell, capacity_for
+from evals.suite.cells import Block
 from evals.suite.measure import Measure
 from evals.suite.prefix import Prefixes, join, widen
-from evals.suite.records import WHOLE, Log, Part
+from evals.suite.records import WHOLE, Key, Log, Part, key_of
 from evals.suite.variants import Variant
-
-
-class Grid(Protocol):
-    """What is to be asked; `cases` come in the same order every time."""
-
-    @property
-    def work(self) -> int:
-        """About how much it is, in the units of `work_of`."""
-        ...
-
-    def cases(self) -> Iterator[Case[Any]]:
-        """The haystacks with their questions."""
-        ...
 
 
 def work_of(case: Case[Any]) -> int:
@@ -117,33 +106,44 @@ def groups(
         yield group, list(key[-1])
 
 
+def _missing(variants: Sequence[Variant], log: Log, case: Case[Any]) -> list[Variant]:
+    return [variant for variant in variants if not log.has(case.cell, variant)]
+
+
 def run(
-    grid: Grid,
-    variants: Sequence[Variant],
+    blocks: Sequence[Block],
     log: Log,
     load: Callable[[], Machine],
     show: Callable[[str], None],
     part: Part = WHOLE,
     together: int = 1,
-) -> None:
-    """Answers everything of a part that `log` does not have, questions of up to `together`
-    haystacks at a time; the model is loaded where something is missing.
+) -> set[Key]:
+    """Answers everything of a part that `log` does not have, block by block, questions of up to
+    `together` haystacks at a time; the model is loaded where something is missing.
 
-    `show` is called with a line after every group of haystacks that was read.
+    Haystacks are numbered over all blocks, for `part`. One that comes again keeps its number: no
+    two parts have the same. `show` is called with a line after every group of haystacks that was
+    read. Returns the keys of all answers that the part is made of, those of earlier runs too.
     """
-    progress, machine = Progress(grid.work // part.count), None
-    cases = (case for number, case in enumerate(grid.cases()) if part.has(number))
-
-    def missing(case: Case[Any]) -> list[Variant]:
-        return [variant for variant in variants if not log.has(case.cell, variant)]
-
-    for group, wanted in groups(cases, missing, together):
-        if wanted:
-            machine = machine or load()
-            machine.answer(group, wanted, log, together)
-        progress.add(sum(map(work_of, group)), new=bool(wanted))
-        if wanted:
-            show(progress.line(group[-1]))
+    progress, machine = Progress(sum(block.grid.work for block in blocks) // part.count), None
+    numbers: dict[Cell, int] = {}
+    keys: set[Key] = set()
+    for block in blocks:
+        own = (
+            case
+            for case in block.grid.cases()
+            if part.has(numbers.setdefault(case.cell, len(numbers)))
+        )
+        missing = functools.partial(_missing, block.variants, log)
+        for group, wanted in groups(own, missing, together):
+            keys |= {key_of(case.cell, variant) for case in group for variant in block.variants}
+            if wanted:
+                machine = machine or load()
+                machine.answer(group, wanted, log, together)
+            progress.add(sum(map(work_of, group)), new=bool(wanted))
+            if wanted:
+                show(progress.line(group[-1]))
+    return keys
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ Differences are paired: of the same questions, resampled together.
 import collections
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,8 +92,15 @@ def _seed(task: str) -> int:
     return zlib.crc32(task.encode())
 
 
-def summarise(records: Sequence[Record], variants: Sequence[Variant]) -> list[Line]:
-    """A line for every task, length and variant, then for the averages; only of `variants`."""
+def summarise(
+    records: Sequence[Record], variants: Sequence[Variant], averaged: Mapping[int, Collection[str]]
+) -> list[Line]:
+    """A line for every task, length and variant, then for the averages; only of `variants`.
+
+    Averages at a length are of the tasks that `averaged` says, and of variants that have answered
+    all of these. A variant that has answered fewer (an ablation) has none, and one that has
+    answered others too has the average without them: all averages of a length are comparable.
+    """
     parts = _parts(records)
     shapes = sorted({(length, task) for task, length, _ in parts})
     lines = []
@@ -103,7 +110,7 @@ def summarise(records: Sequence[Record], variants: Sequence[Variant]) -> list[Li
             part = parts.get((task, length, variant))
             if part is not None:
                 lines.append(_line(task, length, variant, part, full))
-    return lines + _averages(parts, lines, variants)
+    return lines + _averages(parts, lines, variants, averaged)
 
 
 def _line(task: str, length: int, variant: Variant, part: _Part, full: _Part | None) -> Line:
@@ -149,13 +156,14 @@ def _averages(
     parts: Mapping[tuple[str, int, Variant], _Part],
     lines: Sequence[Line],
     variants: Sequence[Variant],
+    averaged: Mapping[int, Collection[str]],
 ) -> list[Line]:
     """Means over tasks, each weighing alike, of variants that have answered all of them."""
     out = []
-    for length in sorted({line.length for line in lines}):
+    for length in sorted(averaged):
         here = [line for line in lines if line.length == length]
         for name, wanted in AVERAGES.items():
-            tasks = sorted({line.task for line in here if wanted is None or line.task in wanted})
+            tasks = sorted(t for t in averaged[length] if wanted is None or t in wanted)
             if len(tasks) > 1:
                 out += [
                     average
