@@ -16,14 +16,14 @@ HOPPER, GPU, TPU = "hopper", "gpu", "tpu"  # kinds of device; GPU: of another ca
 
 # What runs without a name, best first; after these, and everywhere else, the definition. A kernel
 # is listed for a kind of device once it was found right there, faster than the definition at the
-# shapes of V4 (docs/kernels.md has the times), and right in a whole model. The others run only when
-# they are named: quant_matmul and the decode kernels, all of which together made a decode step
-# slower (docs/performance.md): XLA launches no jax-triton call in a CUDA graph. Listed without all
-# of that: chunks of index_score, whose times are missing; page_recall on other GPUs.
+# shapes of V4 (docs/kernels.md has the times), and right in a whole model that it makes no slower
+# (docs/performance.md). The others run only when they are named: quant_matmul and the decode
+# kernels of jax-triton, of which XLA launches no call in a CUDA graph. Listed without all of that:
+# chunks of index_score, whose times are missing; page_recall on other GPUs.
 DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "compress": {HOPPER: (TRITON,)},
     "compress_token": {},  # not timed yet
-    "dense_decode": {},
+    "dense_decode": {HOPPER: (MOSAIC_GPU,)},
     "dense_prefill": {HOPPER: (MOSAIC_GPU, TRITON)},
     "expert_matmul": {},
     "grouped_matmul": {HOPPER: (MOSAIC_GPU,)},
@@ -33,7 +33,7 @@ DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "page_recall": {HOPPER: (TRITON,), GPU: (TRITON,)},
     "page_scatter": {HOPPER: (TRITON, MOSAIC_GPU)},
     "quant_matmul": {},
-    "sparse_decode": {},
+    "sparse_decode": {HOPPER: (MOSAIC_GPU,)},
     "sparse_prefill": {HOPPER: (TRITON,)},
     "top_k": {HOPPER: (TRITON,)},
 }

@@ -49,7 +49,10 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 MOSAIC, TRITON = "mosaic_gpu_v2", "triton_kernel_call"
 # What a step of a sliding, a CSA and an HCA layer must have without being asked.
-DECODE = {(MOSAIC, "hc_mix"), (MOSAIC, "index_score_decode"), (TRITON, "top_k")}
+DECODE = {
+    *((MOSAIC, "hc_mix"), (MOSAIC, "index_score_decode"), (TRITON, "top_k")),
+    *((MOSAIC, "sparse_decode"), (MOSAIC, "dense_decode")),
+}
 PREFILL = {
     *((MOSAIC, "hc_mix"), (MOSAIC, "index_score_chunk"), (TRITON, "top_k"), (TRITON, "compress")),
     *((TRITON, "sparse_prefill"), (MOSAIC, "dense_prefill")),
