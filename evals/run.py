@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib
@@ -16,7 +17,7 @@ import jax
 from evals.suite import tables
 from evals.suite.answers import Answers
 from evals.suite.cases import MiniGrid, check_lengths, check_tasks
-from evals.suite.cells import Block, Given, all_variants, averaged, given, named
+from evals.suite.cells import Block, Given, all_variants, averaged, given, merged, named
 from evals.suite.measure import Measure
 from evals.suite.official import READERS, OfficialGrid, read_grid
 from evals.suite.options import KV_FORMATS, parse
@@ -61,6 +62,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     check_directory("--out", args.out)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, got none: pip install 'lsa_jax[plot]'")
+    for path in args.write_into:
+        tables.marked(path.read_text("utf-8"), str(path))
     cfg = model_io.read_config(args.ckpt)
     cells = given(args)
     for cell in cells:
@@ -81,7 +84,7 @@ def prepare(args: argparse.Namespace) -> Setup:
         window_bytes=jax.numpy.dtype(compute.dtype).itemsize,
         lookback=file.config.lookback if file else 1,
     )
-    blocks = tuple(make_block(cell, base) for cell in cells)
+    blocks = merged([make_block(cell, base) for cell in cells])
     seeds = sorted({cell.options.seeds for cell in cells})
     return Setup(base, compute, file, blocks, tuple(seeds))
 
@@ -180,20 +183,23 @@ def load(args: argparse.Namespace, setup: Setup) -> Machine:
 
 
 def write_results(
-    args: argparse.Namespace, lines: list[Line], held: dict[str, Any], seeds: Sequence[int]
+    args: argparse.Namespace,
+    lines: list[Line],
+    held: dict[str, Any],
+    seeds: Sequence[int],
+    made: Sequence[str],
 ) -> None:
-    """Tables, and pictures where they are wanted."""
-    device = jax.devices()[0].device_kind
+    """Tables, and pictures where they are wanted. `made` says what made the answers."""
     drawn = " or ".join(map(str, seeds))
-    told = f"`mini` suite, {drawn} seeds, {device}, {held['dtype']}, KV as {held['kv_format']}."
-    text = tables.markdown(lines, heading="## Measured: mini", source=told)
-    circumstances = {"settings": held, "device": device, "jax": jax.__version__}
-    content = tables.to_text(tables.as_json(lines, **circumstances))
+    told = f"`{args.suite}` suite, {drawn} seeds, {held['dtype']}, KV as {held['kv_format']}"
+    told = "; ".join([told, *made]) + "."
+    text = tables.markdown(lines, heading=f"## Measured: {args.suite}", source=told)
+    blocks = {"tables": text, "overview": tables.overview(lines, source=told)}
+    content = tables.to_text(tables.as_json(lines, settings=held, made=list(made)))
     write_text(args.out / "results.json", content)
     write_text(args.out / "results.md", text)
-    if args.write_into is not None:
-        own = args.write_into.read_text("utf-8")
-        write_text(args.write_into, tables.into(own, text, str(args.write_into)))
+    for path in args.write_into:
+        write_text(path, tables.into(path.read_text("utf-8"), blocks, str(path)))
     if args.plot:
         plots = importlib.import_module("evals.suite.plots")  # needs matplotlib, which is optional
         for name, figure in plots.every(lines):
@@ -217,14 +223,17 @@ def evaluate(args: argparse.Namespace) -> None:
     """Checks everything, asks what has not been asked, writes the results where that is all."""
     setup = prepare(args)
     held = settings(args, setup)
-    log = Log(args.out, held, args.part)
+    kind, today = jax.devices()[0].device_kind, datetime.datetime.now(datetime.UTC).date()
+    log = Log(args.out, held, args.part, made=f"{kind}, JAX {jax.__version__}, {today}")
     machine = functools.partial(load, args, setup)
     keys = run(setup.blocks, log, machine, show_now_and_then(), args.part, args.together)
     if args.part != WHOLE:
         print(f"part {args.part.index} of {args.part.count} is done", file=sys.stderr)
         return
-    lines = summarise(log.of(keys), all_variants(setup.blocks), averaged(setup.blocks))
-    write_results(args, lines, held, setup.seeds)
+    records = log.of(keys)
+    lines = summarise(records, all_variants(setup.blocks), averaged(setup.blocks))
+    made = sorted({record.get("made", "") for record in records} - {""})
+    write_results(args, lines, held, setup.seeds, made)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,7 +39,7 @@ from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_reader import read_indexer
 
 TASK, QUESTIONS = "niah_multikey_1", 8
-LOOKAHEAD, PAGE_ENTRIES, RECENCY = 16, 4, 16
+LOOKAHEAD, PAGE_ENTRIES, RECENCY = 16, 2, 16
 COLUMNS = 64  # of the map as text
 HOST, RESIDENT, FOUND, LOST = range(4)
 _MARKS = ".#O!"

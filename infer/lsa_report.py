@@ -67,5 +67,5 @@ def _indexer(session: LsaTurns) -> dict[str, str] | None:
         return None
     cfg = session.indexer.cfg
     dtype = session.indexer.retrievers[0].wq_a.dtype.name
-    names = ("query_mode", "ensemble", "score", "lookback", "dilation")
+    names = ("query_mode", "ensemble", "score", "lookback", "dilation", "falloff")
     return {"dtype": dtype, **{name: getattr(cfg, name) for name in names}}

@@ -33,6 +33,7 @@ def widen_checkpoint(args: argparse.Namespace) -> int:
         lookback=args.lookback,
         score=args.score,
         dilation=args.dilation,
+        falloff=args.falloff,
     )
     attention = [f"layers.{layer}.attn." for layer in cfg.transformer_layers(model)]
     wanted = tuple(prefix + name for prefix in attention for name in _LEAVES)
@@ -61,8 +62,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ensemble", choices=("max", "mean", "learned"), default="max")
     help_ = "last tokens that say what is needed; default 1"
     parser.add_argument("--lookback", type=int, default=1, help=help_)
-    help_ = "entries after one that its logit counts for too; default 0"
+    help_ = "entries on both sides of one that its logit counts for too; default 0"
     parser.add_argument("--dilation", type=int, default=0, help=help_)
+    help_ = "what it is less by there, times the square of the distance; default 0"
+    parser.add_argument("--falloff", type=float, default=0.0, help=help_)
     help_ = "of an entry: its probability (default), or its share of the attention to come"
     parser.add_argument("--score", choices=get_args(Score), default="sigmoid", help=help_)
     parser.add_argument("--seed", type=int, default=0, help="of weights without effect yet")

@@ -1,6 +1,7 @@
-"""The memory indexer's `dilation`: a logit counts for the entries after its own too."""
+"""The memory indexer's `dilation`: a logit counts for the entries beside its own too."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,36 +22,40 @@ from train.quality.evaluation import Recording, decisions, open_traces
 LOGITS = np.array(
     [[0.0, 3.0, -1.0, -2.0, 5.0, 1.0], [2.0, -3.0, -4.0, -5.0, -6.0, 9.0]], np.float32
 )
-BY_HAND = {
-    0: LOGITS,
-    1: np.array([[0, 3, 3, -1, 5, 5], [2, 2, -3, -4, -5, 9]]),
-    2: np.array([[0, 3, 3, 3, 5, 5], [2, 2, 2, -3, -4, 9]]),
-    64: np.array([[0, 3, 3, 3, 5, 5], [2, 2, 2, 2, 2, 9]]),
+BY_HAND = {  # by dilation and falloff
+    (0, 0.5): LOGITS,
+    (1, 0.0): np.array([[3, 3, 3, 5, 5, 5], [2, 2, -3, -4, 9, 9]]),
+    (2, 0.0): np.array([[3, 3, 5, 5, 5, 5], [2, 2, 2, 9, 9, 9]]),
+    (64, 0.0): np.array([[5, 5, 5, 5, 5, 5], [9, 9, 9, 9, 9, 9]]),
+    (1, 0.5): np.array([[2.5, 3, 2.5, 4.5, 5, 4.5], [2, 1.5, -3.5, -4.5, 8.5, 9]]),
+    (2, 0.5): np.array([[2.5, 3, 3, 4.5, 5, 4.5], [2, 1.5, 0, 7, 8.5, 9]]),
 }
+MANY = jnp.array([LOGITS.shape[1]])
 
 
-@pytest.mark.parametrize(("dilation", "want"), BY_HAND.items())
-def test_an_entry_has_the_highest_logit_of_those_before_it(dilation, want) -> None:
-    np.testing.assert_array_equal(dilated(jnp.asarray(LOGITS), dilation), want)
-    np.testing.assert_array_equal(evaluation.dilated(LOGITS, dilation), want)
+@pytest.mark.parametrize(("how", "want"), BY_HAND.items())
+def test_an_entry_has_the_highest_logit_of_those_beside_it(how, want) -> None:
+    np.testing.assert_array_equal(dilated(jnp.asarray(LOGITS)[:, None], MANY, *how)[:, 0], want)
+    np.testing.assert_array_equal(evaluation.dilated(LOGITS, *how), want)
 
 
-def test_what_no_entry_holds_yet_says_nothing_of_earlier_ones() -> None:
+def test_what_no_entry_holds_yet_says_nothing_of_others() -> None:
     logits = jnp.asarray(LOGITS).at[:, 4:].set(jnp.nan)
-    np.testing.assert_array_equal(dilated(logits, 2)[:, :4], BY_HAND[2][:, :4])
+    got = dilated(logits[:, None], jnp.array([4]), 2, 0.5)[:, 0, :4]
+    np.testing.assert_array_equal(got, evaluation.dilated(LOGITS[:, :4], 2, 0.5))
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_decisions_on_traces_are_dilated_as_fires_are(tmp_path, score) -> None:
     trace = open_traces([evaluation_cases.traces_of_model(tmp_path / "traces")])[0]
     recording, at = Recording.of(trace), np.array([1, 20])
-    plain, wide = (evaluation_cases.indexer(score=score, dilation=n) for n in (0, 1))
+    plain, wide = (evaluation_cases.indexer(score=score, dilation=n, falloff=0.25) for n in (0, 2))
     pairs = zip(
         decisions(plain, trace, recording, at), decisions(wide, trace, recording, at), strict=True
     )
     for one, other in pairs:
-        assert (one.logits[:, 1:] < one.logits[:, :-1]).any()  # so that it matters
-        np.testing.assert_array_equal(other.logits, evaluation.dilated(one.logits, 1))
+        assert (other.logits > one.logits).any()
+        np.testing.assert_array_equal(other.logits, evaluation.dilated(one.logits, 2, 0.25))
 
 
 def pages(dilation: int) -> set[int]:
@@ -70,18 +75,18 @@ def pages(dilation: int) -> set[int]:
     return set(run.session.batch.events[0].pages)
 
 
-def test_a_session_recalls_the_entry_after_each_that_it_wants() -> None:
+def test_a_session_recalls_the_entries_beside_each_that_it_wants() -> None:
     found, last = pages(0), 150 // 4 - 1
-    after = {page + 1 for page in found if page < last}
-    assert found and not after <= found
-    assert pages(1) == found | after
+    beside = {page + step for page in found for step in (-1, 1)} & set(range(last + 1))
+    assert found and not beside <= found
+    assert pages(1) == found | beside
 
 
 def test_the_dilation_is_kept_with_the_indexer_and_bounded() -> None:
-    cfg = dataclasses.replace(indexer().cfg, dilation=1)
+    cfg = dataclasses.replace(indexer().cfg, dilation=1, falloff=0.25)
     raw = indexer_config.to_json(cfg)
     assert indexer_config.from_json(raw) == cfg
-    del raw["dilation"]
+    del raw["dilation"], raw["falloff"]
     assert indexer_config.from_json(raw) == indexer().cfg
     for wrong in (-1, 65):
         with pytest.raises(
@@ -90,3 +95,6 @@ def test_the_dilation_is_kept_with_the_indexer_and_bounded() -> None:
             dataclasses.replace(cfg, dilation=wrong)
     with pytest.raises(ConfigError, match=r"indexer\.dilation must be"):
         dataclasses.replace(cfg, dilation=1.5)
+    for bad in (-0.5, math.inf, math.nan, "1"):
+        with pytest.raises(ConfigError, match=rf"indexer\.falloff must be .*, got {bad!r}"):
+            dataclasses.replace(cfg, falloff=bad)

@@ -24,7 +24,7 @@ from lsa_jax.lsa.rows import Event
 IDS = " ".join(str(i) for i in np.random.default_rng(5).integers(2, 320, 37))
 # Pages of two entries, 8 tokens: there are several after a few chunks of 16 tokens.
 COMMON = ("--page-entries", "2", "--prompt-ids", IDS, "--max-new-tokens", "20")
-RELEASED = {"ensemble": "max", "score": "sigmoid", "lookback": 1, "dilation": 0}
+RELEASED = {"ensemble": "max", "score": "sigmoid", "lookback": 1, "dilation": 0, "falloff": 0.0}
 ROOM = 256  # tokens: the least that a conversation gets, so that runs of this size share programs
 SAMPLED = ("--temperature", 1, "--seed", 4)
 EVERYTHING = ("--kv-budget", "1.0", "--lookahead", 8)

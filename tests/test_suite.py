@@ -271,10 +271,36 @@ def test_the_table_says_what_was_asked_and_json_has_no_nan():
 
 
 def test_a_block_is_replaced_between_its_marks_only():
-    text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
-    assert tables.into(text, "new\n", "it.md") == text.replace("old", "new")
-    with pytest.raises(ConfigError, match=r"it\.md must have the lines"):
-        tables.into("before\nafter\n", "new", "it.md")
+    (begin, end), (first, last) = tables.MARKS["tables"], tables.MARKS["overview"]
+    text = f"before\n{begin}\nold\n{end}\nafter\n"
+    blocks = {"tables": "new\n", "overview": "means\n"}
+    assert tables.into(text, blocks, "it.md") == text.replace("old", "new")
+    both = f"{first}\n{last}\n{text}"
+    assert tables.into(both, blocks, "it.md") == f"{first}\nmeans\n{last}\n{text}".replace(
+        "old", "new"
+    )
+    for wrong in ("before\nafter\n", f"{end}\n{begin}\n", f"{text}{first}\n", text + text):
+        with pytest.raises(ConfigError, match=r"it\.md must have the lines"):
+            tables.into(wrong, blocks, "it.md")
+
+
+def test_what_all_variants_share_is_said_once():
+    rng = np.random.default_rng(9)
+    other = dataclasses.replace(LSA, budget="0.20")
+    records = [r for v in (FULL, LSA, other) for r in planted(rng, v, haystacks=3)]
+    records += [r for v in (FULL, LSA, other) for r in planted(rng, v, "niah_single_1", 3)]
+    lines = summarise(records, [FULL, LSA, other], {640: ("vt", "niah_single_1")})
+    same = {name: value for name, value in LSA.as_dict().items() if name not in ("arm", "budget")}
+    assert tables.shared(lines) == same and same
+    text = tables.overview(lines, source="Here.")
+    told = ", ".join(f"{name} {value}" for name, value in sorted(same.items()))
+    assert text.startswith(f"Here. Everywhere: {told}.\n")
+    rows = [row.split(" | ")[1] for row in text.splitlines() if row.startswith("| 640")]
+    assert rows == ["full", f"lsa, budget {LSA.budget}", "lsa, budget 0.20"]
+    lacking = dataclasses.replace(LSA, fallback=0.1)
+    two = summarise(records + planted(rng, lacking), [FULL, LSA, other, lacking], {})
+    assert "fallback" not in tables.shared(two)
+    assert "fallback 0.1" in tables.markdown(two, heading="#", source="")
 
 
 def test_progress_counts_what_was_there_but_not_its_time():

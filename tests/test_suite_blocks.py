@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from evals.suite.cells import Block, averaged
+from evals.suite.cells import Block, averaged, merged
 from evals.suite.records import Log, Part
 from evals.suite.running import run
 from evals.suite.summary import FULL, summarise
@@ -57,6 +57,12 @@ def test_what_two_cells_share_is_answered_once_and_the_larger_set_counts(tmp_pat
     tight = {key[:2] for key in lines if key == at(*key[:2], TIGHT)}
     assert tight == {("vt", 640), ("vt", 768)}
     assert at("vt", 768, FULL) in lines and at("vt", 768, LSA) not in lines
+
+
+def test_cells_that_ask_the_same_share_prefills():
+    again = dataclasses.replace(GRID)
+    blocks = merged([Block(GRID, (FULL, LSA)), Block(LONGER, (FULL,)), Block(again, (LSA, TIGHT))])
+    assert blocks == (Block(GRID, [FULL, LSA, TIGHT]), Block(LONGER, [FULL]))
 
 
 @pytest.mark.parametrize("together", [1, 2])

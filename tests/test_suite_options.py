@@ -6,7 +6,7 @@ import pytest
 
 from evals import run as command
 from evals.suite import options
-from evals.suite.cases import RETRIEVAL, TASKS
+from evals.suite.cases import TASKS
 from evals.suite.cells import averaged, given
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,15 @@ def test_the_published_table_can_be_asked_of_the_embedded_model(tmp_path, dtype)
     table, out = str(ROOT / "configs/mini_table.toml"), tmp_path / "out"
     args = options.parse([*EMBEDDED, "--out", str(out), "--cells", table, "--dtype", dtype])
     setup = command.prepare(args)
-    tasks = averaged(setup.blocks)
-    assert tasks.pop(65536) == set(RETRIEVAL)
-    assert tasks == {length: set(TASKS) for length in (4096, 8192, 16384, 32768)}
+    assert averaged(setup.blocks) == {16384: set(TASKS)}
+    assert len(setup.blocks) == 1  # one prefill for all arms
     assert setup.seeds == (3,) and not out.exists()
+
+
+def test_documents_without_marks_are_refused_before_anything_is_asked(tmp_path, capsys):
+    document, out = tmp_path / "it.md", tmp_path / "out"
+    document.write_text("no marks\n")
+    options_ = [*EMBEDDED, "--out", str(out), "--arms", "full", "--write-into", str(document)]
+    assert command.main(options_) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {document} must have the lines <!--") and not out.exists()

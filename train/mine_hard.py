@@ -44,7 +44,7 @@ def highest_logits(
 ) -> np.ndarray:
     """Each entry's highest logit, float32 [N]; -inf where it existed at no scored token.
 
-    Its own, as losses see it: dilated, the entry behind a golden one would be as high.
+    Its own, as losses see it: dilated, entries beside a golden one could be as high.
     """
     best = np.full(trace.entries, -np.inf, np.float32)
     tokens = recording.decisions(interval)

@@ -107,6 +107,16 @@ def _value(key: str, value: object) -> Any:
         raise ConfigError(f"{key} {str(why).removeprefix(f'{key} ')}") from None
 
 
+def merged(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """One block for all that ask the same: their haystacks are prefilled once."""
+    found: list[Block] = []
+    for block in blocks:
+        at = next((i for i, other in enumerate(found) if other.grid == block.grid), len(found))
+        before = found[at].variants if at < len(found) else ()
+        found[at : at + 1] = [Block(block.grid, list(dict.fromkeys([*before, *block.variants])))]
+    return tuple(found)
+
+
 def all_variants(blocks: Sequence[Block]) -> list[Variant]:
     """The variants of all blocks, each once, in their order."""
     return list(dict.fromkeys(variant for block in blocks for variant in block.variants))

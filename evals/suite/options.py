@@ -20,8 +20,8 @@ OUT/answers.jsonl as they come, and the same command goes on from there; then OU
 OUT/results.md are written. A small model leaves a GPU idle most of the time: --together N answers
 the questions of N haystacks in one batch, which in bfloat16 may round otherwise, and several
 processes may share the GPU, each with --part I/N; the command without --part then writes the
-results. --cells FILE.toml has several products of options in one run, each a table [[cells]] that
-prefills for itself. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
+results. --cells FILE.toml has several products of options in one run, each a table [[cells]]; those
+that ask the same share prefills. Exit codes: 0, 2 after an error (one line), 130 after Ctrl-C."""
 
 KV_FORMATS: dict[str, KVFormat] = {"f32": "float32", "bf16": "bfloat16", "fp8": "fp8"}
 
@@ -165,5 +165,5 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     help_ = "answer every N-th haystack from the I-th on, and write no results"
     add("--part", type=part, default=WHOLE, metavar="I/N", help=help_)
     add("--plot", action="store_true", help="figures too; needs matplotlib")
-    help_ = "Markdown whose generated block is replaced by the table"
-    add("--write-into", type=Path, metavar="FILE.md", help=help_)
+    help_ = "Markdown whose generated blocks are replaced: of all tables, or of their averages"
+    add("--write-into", type=Path, nargs="+", default=(), metavar="FILE.md", help=help_)

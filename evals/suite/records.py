@@ -69,10 +69,14 @@ class Log:
     added to the file of a part.
 
     `settings` are what all records depend on; a directory of other settings is refused with
-    ConfigError, which names the first that differs.
+    ConfigError, which names the first that differs. `made` says what makes new records, for people:
+    hardware, version, date.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any], part: Part = WHOLE):
+    def __init__(
+        self, directory: Path, settings: dict[str, Any], part: Part = WHOLE, *, made: str = ""
+    ):
+        self.made = made
         name = NAME if part == WHOLE else f"answers-{part.index}-of-{part.count}.jsonl"
         self.path = directory / name
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,8 @@ class Log:
 
     def append(self, records: Sequence[Record]) -> None:
         """Adds a whole group, and has it on the disk before it returns."""
-        text = "".join(json.dumps({**r, "group": len(records)}) + "\n" for r in records)
+        of_all = {"group": len(records), "made": self.made}
+        text = "".join(json.dumps({**r, **of_all}) + "\n" for r in records)
         with self.path.open("ab") as file:
             file.write(text.encode())
             file.flush()

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evals.suite.summary import AVERAGES, Line
@@ -11,7 +11,10 @@ from evals.suite.variants import Variant
 from lsa_jax.config import ConfigError
 
 SCHEMA = 1
-BEGIN, END = "<!-- evals.run: begin -->", "<!-- evals.run: end -->"
+MARKS = {  # what stands between two lines of a document, by what it is
+    "tables": ("<!-- evals.run: begin -->", "<!-- evals.run: end -->"),
+    "overview": ("<!-- evals.run: overview begin -->", "<!-- evals.run: overview end -->"),
+}
 _HEADINGS = (
     *("length", "arm", "questions", "accuracy %", "minus full, points", "KV device %"),
     *("device + host %", "logical %", "reserved %", "MB occupied / reserved"),
@@ -45,21 +48,42 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _row(line: Line) -> str:
-    def percent(share: float) -> str:
-        return f"{100 * share:.1f}"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
-    evidence = "-" if line.evidence is None else ", ".join(map(percent, line.evidence))
+
+def shared(lines: Sequence[Line]) -> dict[str, Any]:
+    """Settings, arm and budget apart, that say the same wherever they say anything."""
+    found: dict[str, set[Any]] = {}
+    for line in lines:
+        of_arm = {
+            name
+            for other in lines
+            if other.variant.arm == line.variant.arm
+            for name in other.variant.as_dict()
+        }
+        for name in of_arm - {"arm", "budget"}:
+            found.setdefault(name, set()).add(getattr(line.variant, name))
+    return {name: value for name, (value, *more) in sorted(found.items()) if not more}
+
+
+def _name(line: Line, said: Mapping[str, Any]) -> str:
+    """The variant's, without the settings that are `said` elsewhere."""
+    return dataclasses.replace(line.variant, **dict.fromkeys(said, None)).name
+
+
+def _row(line: Line, said: Mapping[str, Any]) -> str:
+    evidence = "-" if line.evidence is None else ", ".join(map(_percent, line.evidence))
     cells = (
         f"{line.length:,}",
-        line.variant.name,
+        _name(line, said),
         f"{line.questions:,} in {line.haystacks:,}",
         line.accuracy.percent(),
         "" if line.minus_full is None else line.minus_full.percent(),
-        percent(line.device),
-        percent(line.both),
-        percent(line.logical),
-        percent(line.reserved),
+        _percent(line.device),
+        _percent(line.both),
+        _percent(line.logical),
+        _percent(line.reserved),
         f"{line.device_bytes / 1e6:.3f} / {line.reserved_bytes / 1e6:.3f}",
         evidence,
         str(line.fallbacks),
@@ -67,18 +91,50 @@ def _row(line: Line) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(lines: Sequence[Line]) -> list[str]:
-    rule = "|" + " --- |" * len(_HEADINGS)
-    return ["| " + " | ".join(_HEADINGS) + " |", rule, *map(_row, lines), ""]
+def _markdown(headings: Sequence[str], rows: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings), *rows, ""]
+
+
+def overview(lines: Sequence[Line], *, source: str) -> str:
+    """The averages in one table, and the bytes they were reached in; `source` says what was run."""
+    said = shared(lines)
+    names = [name for name in AVERAGES if any(line.task == name for line in lines)]
+    by_variant: dict[tuple[int, Variant], dict[str, Line]] = {}
+    for line in lines:
+        if line.task in names:
+            by_variant.setdefault((line.length, line.variant), {})[line.task] = line
+    headings = ["tokens", "arm", "KV on the device"]
+    for name in names:
+        headings += [f"{name} tasks, %", "minus full, points"]
+    rows = []
+    for (length, _), of in by_variant.items():
+        most = list(of.values())[-1]
+        cells = [f"{length:,}", _name(most, said), f"{_percent(most.device)} %"]
+        for name in names:
+            cells += _accuracy(of[name]) if name in of else ["", ""]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"{source} {_told(said)}", "", *_markdown(headings, rows)])
+
+
+def _accuracy(line: Line) -> list[str]:
+    minus = "" if line.minus_full is None else line.minus_full.percent()
+    return [line.accuracy.percent(), minus]
+
+
+def _told(said: Mapping[str, Any]) -> str:
+    if not said:
+        return ""
+    return f"Everywhere: {', '.join(f'{name} {value}' for name, value in said.items())}."
 
 
 def markdown(lines: Sequence[Line], *, heading: str, source: str) -> str:
     """Averages first, then every task; `source` says what was run."""
+    said = shared(lines)
     out = [
         f"{heading}",
         "",
-        f"{source} Accuracy is the mean score with its 95 % interval over haystacks, and the "
-        "difference to full attention is paired. Shares are of full attention's KV bytes; "
+        f"{source} {_told(said)} Accuracy is the mean score with its 95 % interval over haystacks, "
+        "and the difference to full attention is paired. Shares are of full attention's KV bytes; "
         "`no_csa` is an ablation that holds them all and reads no CSA entry.",
         "",
     ]
@@ -86,7 +142,8 @@ def markdown(lines: Sequence[Line], *, heading: str, source: str) -> str:
     tasks = sorted({line.task for line in lines} - set(AVERAGES))
     for name in names + tasks:
         title = f"average, {name} tasks" if name in names else name
-        out += [f"### {title}", "", *_table([line for line in lines if line.task == name])]
+        rows = [_row(line, said) for line in lines if line.task == name]
+        out += [f"### {title}", "", *_markdown(_HEADINGS, rows)]
     return "\n".join(out)
 
 
@@ -97,9 +154,22 @@ def to_text(content: dict[str, Any]) -> str:
     return json.dumps(head, indent=1)[:-2] + f',\n "lines": [\n  {lines}\n ]\n}}\n'
 
 
-def into(text: str, block: str, name: str) -> str:
-    """Text with what stands between its marks replaced; ConfigError where it has none."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"{name} must have the lines {BEGIN} and {END} once each, in this order")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return f"{before}{BEGIN}\n{block.rstrip()}\n{after}"
+def into(text: str, blocks: Mapping[str, str], name: str) -> str:
+    """Text with what stands between its marks replaced, of every block that it has marks for.
+
+    ConfigError where it has none, or not once each and in order.
+    """
+    for kind in marked(text, name):
+        begin, end = MARKS[kind]
+        before, after = text[: text.index(begin)], text[text.index(end) :]
+        text = f"{before}{begin}\n{blocks[kind].rstrip()}\n{after}"
+    return text
+
+
+def marked(text: str, name: str) -> list[str]:
+    """The blocks that a document has marks for; ConfigError as `into` says."""
+    found = [kind for kind, marks in MARKS.items() if any(mark in text for mark in marks)]
+    for begin, end in [MARKS[kind] for kind in found] or [MARKS["tables"]]:
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ConfigError(f"{name} must have the lines {begin} and {end} once each, in order")
+    return found

@@ -4,6 +4,7 @@ Plain Python, like `lsa_jax.config`. Target layers are CSA ordinals (`lsa_jax.ls
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
@@ -47,10 +48,13 @@ class IndexerConfig:
     `target_layers` are CSA ordinals, ascending. Head dim, RoPE and YaRN are those of the backbone's
     index keys. A widened indexer has its own `norm_eps` (see `lsa_jax.lsa.widening`). Entries are
     scored by what the last `lookback` tokens ask for (released: 1, the last token alone), for a
-    question says what it needs before its last token is read, and as `score` says. An entry's logit
-    counts for the `dilation` entries after it too, where theirs are lower (released: 0): CSA
-    entries overlap. Each is made of its own tokens and of those of the entry before (DeepSeek-V4
-    spec 4.3), so what one entry says goes on in the next, which may be of another page.
+    question says what it needs before its last token is read, and as `score` says.
+
+    An entry's logit, less `falloff` times the square of the distance, counts for the entries up to
+    `dilation` away too, where theirs are lower (released: 0). What is needed lies together: a fact
+    is longer than an entry, a fire names the part of it that is asked for next, and an answer goes
+    on through the rest. And CSA entries overlap: each is made of its own tokens and of those of the
+    entry before (DeepSeek-V4 spec 4.3), which may be of another page.
     """
 
     target_layers: tuple[int, ...]
@@ -67,13 +71,14 @@ class IndexerConfig:
     lookback: int = 1
     score: Score = "sigmoid"
     dilation: int = 0
+    falloff: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (*_SIZES, "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         check_lookback(self.lookback)
-        check_dilation(self.dilation)
+        check_dilation(self.dilation, self.falloff)
         for name in ("rope_theta", "norm_eps"):
             if number(f"indexer.{name}", getattr(self, name), float) <= 0:
                 raise refusal(f"indexer.{name}", getattr(self, name), "> 0")
@@ -138,10 +143,13 @@ def check_lookback(tokens: int) -> None:
         raise refusal("indexer.lookback", tokens, f"<= {MAX_LOOKBACK}")
 
 
-def check_dilation(entries: object) -> None:
-    """Raises ConfigError where a logit would count for no number of entries, or too many."""
+def check_dilation(entries: object, falloff: object) -> None:
+    """Raises ConfigError where a logit would count for no number of entries, or too many, or for
+    its neighbours more than for its own."""
     if not 0 <= number("indexer.dilation", entries, int) <= MAX_DILATION:
         raise refusal("indexer.dilation", entries, f"in 0..{MAX_DILATION}")
+    if not 0 <= number("indexer.falloff", falloff, float) < math.inf:
+        raise refusal("indexer.falloff", falloff, "a finite number >= 0")
 
 
 def _of_model(model: ModelConfig) -> dict[str, Any]:
@@ -182,10 +190,10 @@ def to_json(cfg: IndexerConfig) -> dict[str, Any]:
 
 
 def from_json(raw: Mapping[str, Any]) -> IndexerConfig:
-    """The configuration that `to_json` wrote, perhaps before there were lookbacks, scores and
-    dilations. Raises ConfigError."""
+    """The configuration that `to_json` wrote, perhaps before there were lookbacks, scores,
+    dilations and their falloff. Raises ConfigError."""
     fields = [field.name for field in dataclasses.fields(IndexerConfig)]
-    if raw.keys() | {"lookback", "score", "dilation"} != set(fields):
+    if raw.keys() | {"lookback", "score", "dilation", "falloff"} != set(fields):
         raise refusal("indexer", sorted(raw), f"a table of {', '.join(fields)}")
     layers = raw["target_layers"]
     if not isinstance(layers, list):

@@ -195,12 +195,13 @@ class MemoryIndexer(nnx.Module):
         one's, `entries` of the N keys exist.
 
         Their highest logit, or, with the score "softmax", the logarithm of the mean of their shares
-        (-inf where no entry exists); dilated, so that the columns just behind the entries may say
-        something too.
+        (-inf where no entry exists); dilated, so that columns behind the entries may say something
+        too.
         """
-        width, dilation = hidden.shape[2], self.cfg.dilation
+        width, dilation, falloff = hidden.shape[2], self.cfg.dilation, self.cfg.falloff
         if width == 1 and self.cfg.score == "sigmoid":
-            return dilated(self(hidden[:, :, 0], positions, keys, backend=backend), dilation)
+            logits = self(hidden[:, :, 0], positions, keys, backend=backend)
+            return dilated(logits, entries, dilation, falloff)
         at = positions[:, None] - jnp.arange(width)[::-1]
         backend = dispatch.of_model(index_score.IMPLEMENTATIONS, backend)
         logits = []
@@ -213,7 +214,7 @@ class MemoryIndexer(nnx.Module):
                 logits.append(log_shares(scores, at >= 0, entries))
             else:
                 logits.append(jnp.max(jnp.where(at[..., None] >= 0, scores, -jnp.inf), axis=1))
-        return dilated(jnp.stack(logits), dilation)
+        return dilated(jnp.stack(logits), entries, dilation, falloff)
 
     def ensemble(self, logits: Float[Array, "L B N"]) -> Float[Array, "B N"]:
         """Score of each entry, from what `recent` says: max or mean of the layers' probabilities,
@@ -229,13 +230,23 @@ class MemoryIndexer(nnx.Module):
         return reduce(score, axis=0)
 
 
-def dilated(logits: Float[Array, "*b N"], dilation: int) -> Float[Array, "*b N"]:
-    """The highest of each entry's logit and those of the `dilation` entries before it."""
-    lead, entries = [(0, 0)] * (logits.ndim - 1), logits.shape[-1]
-    out = logits
-    for back in range(1, dilation + 1):
-        earlier = jnp.pad(logits, [*lead, (back, 0)], constant_values=-jnp.inf)[..., :entries]
-        out = jnp.maximum(out, earlier)
+def dilated(
+    logits: Float[Array, "L B N"], entries: Int[Array, " B"], dilation: int, falloff: float
+) -> Float[Array, "L B N"]:
+    """The highest of each entry's logit and those of its neighbours up to `dilation` entries away,
+    less `falloff` times the square of their distance: of shares, a Gaussian.
+
+    Only the first `entries` say something. A NaN makes its neighbours NaN.
+    """
+    if not dilation:
+        return logits
+    count = logits.shape[2]
+    out = logits = jnp.where(jnp.arange(count) < entries[:, None], logits, -jnp.inf)
+    ends = ((0, 0), (0, 0), (dilation, dilation))
+    wide = jnp.pad(logits, ends, constant_values=-jnp.inf)
+    for distance in range(1, dilation + 1):
+        for at in (dilation - distance, dilation + distance):
+            out = jnp.maximum(out, wide[..., at : at + count] - falloff * distance**2)
     return out
 
 

@@ -137,15 +137,18 @@ def decisions(
         logits = scorer.logits(indexer, hidden, recording.positions[asked], keys, most)
         for span, count in zip(spans, counts[part], strict=True):
             found = logits[np.searchsorted(asked, span), :, :count]
-            said = dilated(together(found, indexer.cfg.score), indexer.cfg.dilation)
+            said = together(found, indexer.cfg.score)
+            said = dilated(said, indexer.cfg.dilation, indexer.cfg.falloff)
             yield Decision(int(span[-1]), int(count), said)
 
 
-def dilated(logits: np.ndarray, dilation: int) -> np.ndarray:
-    """`lsa_jax.lsa.memory_indexer.dilated`, in NumPy."""
+def dilated(logits: np.ndarray, dilation: int, falloff: float) -> np.ndarray:
+    """`lsa_jax.lsa.memory_indexer.dilated`, in NumPy, of entries that all exist."""
     out = logits.copy()
-    for back in range(1, min(dilation, logits.shape[-1] - 1) + 1):
-        np.maximum(out[..., back:], logits[..., :-back], out=out[..., back:])
+    for distance in range(1, min(dilation, logits.shape[-1] - 1) + 1):
+        near = logits - logits.dtype.type(falloff * distance**2)
+        np.maximum(out[..., distance:], near[..., :-distance], out=out[..., distance:])
+        np.maximum(out[..., :-distance], near[..., distance:], out=out[..., :-distance])
     return out
 
 

@@ -41,7 +41,7 @@ class IndexerOptions:
     `query_mode` is how it is deployed; training rounds queries as `run.compute_dtype` says. The
     last `lookback` tokens are asked together, in training as in a fire. `score` should be what the
     objective teaches: shares of attention by `objective.share`, probabilities by all others. Losses
-    are on logits without `dilation`, which is for what is served and for what is judged.
+    are on logits without `dilation` and `falloff`, which are for what is served and what is judged.
     """
 
     n_heads: int = 128
@@ -51,13 +51,14 @@ class IndexerOptions:
     lookback: int = 1
     score: Score = "sigmoid"
     dilation: int = 0
+    falloff: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "q_lora_rank", "lookback"):
             if number(f"indexer.{name}", getattr(self, name), int) < 1:
                 raise refusal(f"indexer.{name}", getattr(self, name), ">= 1")
         check_lookback(self.lookback)
-        check_dilation(self.dilation)
+        check_dilation(self.dilation, self.falloff)
         _check_word("indexer.ensemble", self.ensemble, Ensemble)
         _check_word("indexer.query_mode", self.query_mode, QueryMode)
         _check_word("indexer.score", self.score, Score)

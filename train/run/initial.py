@@ -27,6 +27,7 @@ from train.traces.trace_info import fingerprint, indexer_fields, weights_digest
 
 Leaves = dict[str, np.ndarray]
 
+_SERVED = ("query_mode", "dilation", "falloff")  # what training does not look at
 _NATIVE = ("wq_a.", "q_norm.", "indexer.wq_b.", "indexer.weights_proj.")  # all that widening reads
 
 
@@ -98,20 +99,18 @@ def _read(path: Path) -> IndexerFile:
 def file_leaves(cfg: IndexerConfig, path: Path) -> tuple[IndexerConfig, Leaves]:
     """The weights of an indexer file or a run, of the shape, ensemble and RoPE asked for.
 
-    The norm's epsilon is the file's own: a widened indexer's is not its model's. Query mode and
-    dilation, which training does not look at, are those asked for.
+    The norm's epsilon is the file's own: a widened indexer's is not its model's. Query mode,
+    dilation and falloff, which training does not look at, are those asked for.
     """
     file = _read(path)
-    own: dict[str, Any] = {
-        name: getattr(file.config, name) for name in ("norm_eps", "query_mode", "dilation")
-    }
+    own: dict[str, Any] = {name: getattr(file.config, name) for name in ("norm_eps", *_SERVED)}
     wanted = dataclasses.replace(cfg, **own)
     for field in dataclasses.fields(IndexerConfig):
         got, want = getattr(file.config, field.name), getattr(wanted, field.name)
         if got != want:
             raise refusal(f"init.path: indexer.{field.name} of {path}", got, f"{want!r}")
     leaves = {name: leaf.astype(np.float32) for name, leaf in file.leaves.items()}
-    served = {"query_mode": cfg.query_mode, "dilation": cfg.dilation}
+    served: dict[str, Any] = {name: getattr(cfg, name) for name in _SERVED}
     return dataclasses.replace(wanted, **served), leaves
 
 
