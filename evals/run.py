@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -40,7 +41,7 @@ from lsa_jax.lsa.indexer_file import IndexerFile
 from lsa_jax.lsa.indexer_reader import read_indexer
 from lsa_jax.lsa.targets import check_targets, default_target_layers
 from lsa_jax.text.tokenizer import Tokenizer
-from train.outputs import check_directory
+from train.outputs import check_directory, check_file
 from train.study_options import calibration_of
 
 _LINE_SECONDS = 5.0  # between progress lines
@@ -54,7 +55,8 @@ class Setup:
     compute: ComputeConfig
     indexer: IndexerFile | None
     blocks: tuple[Block, ...]
-    seeds: tuple[int, ...]  # how many, the counts of all blocks
+    averaged: Mapping[int, Collection[str]]  # tasks by length
+    seeds: tuple[int, ...]  # how many, the counts of all blocks; none for files
 
 
 def prepare(args: argparse.Namespace) -> Setup:
@@ -63,7 +65,8 @@ def prepare(args: argparse.Namespace) -> Setup:
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib, got none: pip install 'lsa_jax[plot]'")
     for path in args.write_into:
-        tables.marked(path.read_text("utf-8"), str(path))
+        check_file("--write-into", path)
+        tables.marked(read_text(path), str(path))
     cfg = model_io.read_config(args.ckpt)
     cells = given(args)
     for cell in cells:
@@ -73,20 +76,24 @@ def prepare(args: argparse.Namespace) -> Setup:
     targets = file.config.target_layers if file else args.target_layers
     if file and args.target_layers not in (None, targets):
         raise ConfigError(f"--target-layers must be the indexer's {targets}, or not be given")
+    pages = {size for cell in cells for size in cell.options.page_entries}
     compute = compute_config(args.dtype)
     kv = compute.dtype if args.kv == "auto" else KV_FORMATS[args.kv]
     base = Base(
         cfg=cfg,
-        cache=CacheConfig(kv_format=kv, page_entries=args.page_entries[0]),
+        # Full attention's pages, where cells do not agree, are as the option says.
+        cache=CacheConfig(
+            kv_format=kv, page_entries=pages.pop() if len(pages) == 1 else args.page_entries[0]
+        ),
         targets=check_targets(cfg, targets or default_target_layers(cfg)),
         recency=args.recency,
         sink=args.sink,
         window_bytes=jax.numpy.dtype(compute.dtype).itemsize,
         lookback=file.config.lookback if file else 1,
     )
-    blocks = merged([make_block(cell, base) for cell in cells])
-    seeds = sorted({cell.options.seeds for cell in cells})
-    return Setup(base, compute, file, blocks, tuple(seeds))
+    blocks = [make_block(cell, base) for cell in cells]
+    seeds = sorted({cell.options.seeds for cell in cells}) if args.suite == "mini" else ()
+    return Setup(base, compute, file, merged(blocks), averaged(blocks), tuple(seeds))
 
 
 def make_block(cell: Given, base: Base) -> Block:
@@ -182,6 +189,14 @@ def load(args: argparse.Namespace, setup: Setup) -> Machine:
     )
 
 
+def read_text(path: Path) -> str:
+    """A document; ConfigError where it is not UTF-8."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--write-into must be UTF-8 text, got {path}") from None
+
+
 def write_results(
     args: argparse.Namespace,
     lines: list[Line],
@@ -190,16 +205,17 @@ def write_results(
     made: Sequence[str],
 ) -> None:
     """Tables, and pictures where they are wanted. `made` says what made the answers."""
-    drawn = " or ".join(map(str, seeds))
-    told = f"`{args.suite}` suite, {drawn} seeds, {held['dtype']}, KV as {held['kv_format']}"
+    drawn = f", {' or '.join(map(str, seeds))} seeds" if seeds else ""
+    told = f"`{args.suite}` suite{drawn}, {held['dtype']}, KV as {held['kv_format']}"
     told = "; ".join([told, *made]) + "."
     text = tables.markdown(lines, heading=f"## Measured: {args.suite}", source=told)
     blocks = {"tables": text, "overview": tables.overview(lines, source=told)}
     content = tables.to_text(tables.as_json(lines, settings=held, made=list(made)))
     write_text(args.out / "results.json", content)
     write_text(args.out / "results.md", text)
-    for path in args.write_into:
-        write_text(path, tables.into(path.read_text("utf-8"), blocks, str(path)))
+    texts = {path: tables.into(read_text(path), blocks, str(path)) for path in args.write_into}
+    for path, whole in texts.items():
+        write_text(path, whole)
     if args.plot:
         plots = importlib.import_module("evals.suite.plots")  # needs matplotlib, which is optional
         for name, figure in plots.every(lines):
@@ -231,8 +247,8 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"part {args.part.index} of {args.part.count} is done", file=sys.stderr)
         return
     records = log.of(keys)
-    lines = summarise(records, all_variants(setup.blocks), averaged(setup.blocks))
-    made = sorted({record.get("made", "") for record in records} - {""})
+    lines = summarise(records, all_variants(setup.blocks), setup.averaged)
+    made = sorted({record.get("made") or "answers of unknown hardware" for record in records})
     write_results(args, lines, held, setup.seeds, made)
 
 

@@ -16,8 +16,8 @@ HOPPER, GPU, TPU = "hopper", "gpu", "tpu"  # kinds of device; GPU: of another ca
 
 # What runs without a name, best first; after these, and everywhere else, the definition. A kernel
 # is listed for a kind of device once it was found right there, faster than the definition at the
-# shapes of V4 (docs/kernels.md has the times), and right in a whole model that it makes no slower
-# (docs/performance.md). The others run only when they are named: quant_matmul and the decode
+# shapes of V4 (docs/kernels.md has the times), and in a whole model right and about as fast or
+# faster (docs/performance.md). The others run only when they are named: quant_matmul and the decode
 # kernels of jax-triton, of which XLA launches no call in a CUDA graph. Listed without all of that:
 # chunks of index_score, whose times are missing; page_recall on other GPUs.
 DEFAULTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {

@@ -40,9 +40,22 @@ def test_an_entry_has_the_highest_logit_of_those_beside_it(how, want) -> None:
 
 
 def test_what_no_entry_holds_yet_says_nothing_of_others() -> None:
-    logits = jnp.asarray(LOGITS).at[:, 4:].set(jnp.nan)
-    got = dilated(logits[:, None], jnp.array([4]), 2, 0.5)[:, 0, :4]
-    np.testing.assert_array_equal(got, evaluation.dilated(LOGITS[:, :4], 2, 0.5))
+    rows = jnp.asarray(LOGITS).at[:, 4:].set(jnp.nan)
+    got = dilated(jnp.stack([rows, rows], axis=1), jnp.array([4, 0]), 2, 0.5)
+    np.testing.assert_array_equal(got[:, 0, :4], evaluation.dilated(LOGITS[:, :4], 2, 0.5))
+    assert (got[:, 1] == -np.inf).all()
+
+
+def test_what_is_no_number_stays_in_sight() -> None:
+    """A fire raises for it, so the highest of it and a number must not be the number."""
+    logits = LOGITS.copy()
+    logits[0, 3] = np.nan
+    for got in (
+        dilated(jnp.asarray(logits)[:, None], MANY, 1, 0.5)[:, 0],
+        evaluation.dilated(logits, 1, 0.5),
+    ):
+        np.testing.assert_array_equal(np.isnan(got[0]), np.isin(np.arange(6), (2, 3, 4)))
+        assert not np.isnan(got[1]).any()
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])

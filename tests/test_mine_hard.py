@@ -85,7 +85,7 @@ def test_the_best_entries_over_tokens_layers_and_indexers_are_kept(traces, tmp_p
     assert len(set(metadata["indexers"])) == 2 and all(len(d) == 64 for d in metadata["indexers"])
 
 
-def test_a_dilation_makes_no_entry_behind_a_golden_one_a_hard_negative(traces, tmp_path):
+def test_a_dilation_makes_no_entry_beside_a_golden_one_a_hard_negative(traces, tmp_path):
     found = []
     for dilation in (0, 2):
         cfg = dataclasses.replace(config(traces), dilation=dilation)

@@ -22,6 +22,7 @@ from tests.suite_knowing import (
     BLOCK,
     GRID,
     LSA,
+    RECENCY,
     VARIANTS,
     Interrupted,
     Knowing,
@@ -301,6 +302,19 @@ def test_what_all_variants_share_is_said_once():
     two = summarise(records + planted(rng, lacking), [FULL, LSA, other, lacking], {})
     assert "fallback" not in tables.shared(two)
     assert "fallback 0.1" in tables.markdown(two, heading="#", source="")
+    # All of recency has one, and LSA none: neither goes without saying.
+    recency = dataclasses.replace(RECENCY, fallback=0.1)
+    apart = summarise(planted(rng, LSA) + planted(rng, recency), [LSA, recency], {})
+    assert "fallback" not in tables.shared(apart)
+    assert "| recency, budget 0.5, fallback 0.1 |" in tables.markdown(apart, heading="#", source="")
+
+
+def test_answers_say_what_made_them(tmp_path):
+    rng = np.random.default_rng(10)
+    for made, task in (("one", "vt"), ("two", "qa_1")):
+        Log(tmp_path, {}, made=made).append(planted(rng, FULL, task, haystacks=1))
+    found = Log(tmp_path, {}, made="three").records
+    assert {(r["task"], r["made"]) for r in found} == {("vt", "one"), ("qa_1", "two")}
 
 
 def test_progress_counts_what_was_there_but_not_its_time():

@@ -1,13 +1,14 @@
 """The command line of `evals.run`, and its file of cells: what cannot be is refused in one line."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from evals import run as command
-from evals.suite import options
+from evals.suite import options, tables
 from evals.suite.cases import TASKS
-from evals.suite.cells import averaged, given
+from evals.suite.cells import given
 
 ROOT = Path(__file__).parents[1]
 CKPT = str(ROOT / "infer/weights/checkpoint")
@@ -138,15 +139,38 @@ def test_the_published_table_can_be_asked_of_the_embedded_model(tmp_path, dtype)
     table, out = str(ROOT / "configs/mini_table.toml"), tmp_path / "out"
     args = options.parse([*EMBEDDED, "--out", str(out), "--cells", table, "--dtype", dtype])
     setup = command.prepare(args)
-    assert averaged(setup.blocks) == {16384: set(TASKS)}
+    assert setup.averaged == {16384: set(TASKS)}
     assert len(setup.blocks) == 1  # one prefill for all arms
     assert setup.seeds == (3,) and not out.exists()
 
 
-def test_documents_without_marks_are_refused_before_anything_is_asked(tmp_path, capsys):
-    document, out = tmp_path / "it.md", tmp_path / "out"
-    document.write_text("no marks\n")
-    options_ = [*EMBEDDED, "--out", str(out), "--arms", "full", "--write-into", str(document)]
-    assert command.main(options_) == 2
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"no marks\n", r"it.md must have the lines <!-- evals.run: begin -->"),
+        (b"\xff\xfe", r"--write-into must be UTF-8 text, got .*it.md"),
+        (None, r"No such file or directory: .*it.md"),
+    ],
+)
+def test_documents_that_cannot_be_written_into_are_refused_first(tmp_path, capsys, content, said):
+    fine, document, out = tmp_path / "fine.md", tmp_path / "it.md", tmp_path / "out"
+    fine.write_text("\n".join(tables.MARKS["overview"]) + "\n")
+    if content is not None:
+        document.write_bytes(content)
+    into = ["--write-into", str(fine), str(document)]
+    assert command.main([*EMBEDDED, "--out", str(out), "--arms", "full", *into]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {document} must have the lines <!--") and not out.exists()
+    assert re.search(said, error) and error.count("\n") == 1 and not out.exists()
+
+
+def test_averages_are_of_the_cells_as_they_are_written(tmp_path):
+    """Cells that ask the same are one for the prefills, not for what is averaged."""
+    table, out = tmp_path / "cells.toml", tmp_path / "out"
+    one, two = (f"[[cells]]\nlengths = 8192\ntasks = '{task}'\n" for task in ("vt", "qa_1"))
+    table.write_text(f"{one}arms='full'\n{two}arms='full'\n{one}arms='recency'\n")
+    setup = command.prepare(options.parse([*EMBEDDED, "--out", str(out), "--cells", str(table)]))
+    assert setup.averaged == {8192: {"vt", "qa_1"}}
+    assert [[v.arm for v in block.variants] for block in setup.blocks] == [
+        ["full", "recency"],
+        ["full"],
+    ]

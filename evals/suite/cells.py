@@ -39,7 +39,7 @@ class Grid(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A cell of a table: every variant answers all questions of the grid."""
+    """What a `[[cells]]` asks for: every variant answers all questions of the grid."""
 
     grid: Grid
     variants: Sequence[Variant]

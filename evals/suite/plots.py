@@ -122,7 +122,7 @@ def by_length(lines: Sequence[Line], *, dpi: int = 120) -> Figure:
             points = [(float(line.length), line) for line in most]
             _draw(axes, points, _bounded(label, most[0].variant))
         axes.set(xlabel="tokens", ylabel="accuracy (%)", title=task, xscale="log")
-    panels[0].legend(fontsize="x-small")
+        axes.legend(fontsize="x-small")
     return figure
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evals.suite.summary import AVERAGES, Line
-from evals.suite.variants import Variant
+from evals.suite.variants import UNBOUNDED, SuiteArm, Variant
 from lsa_jax.config import ConfigError
 
 SCHEMA = 1
@@ -53,18 +53,18 @@ def _percent(share: float) -> str:
 
 
 def shared(lines: Sequence[Line]) -> dict[str, Any]:
-    """Settings, arm and budget apart, that say the same wherever they say anything."""
+    """Settings, arm and budget apart, that are the same wherever they mean something."""
+    variants = {line.variant for line in lines if line.variant.arm not in UNBOUNDED}
+    known: dict[SuiteArm, set[str]] = {}
+    for variant in variants:
+        known.setdefault(variant.arm, set()).update(variant.as_dict())
     found: dict[str, set[Any]] = {}
-    for line in lines:
-        of_arm = {
-            name
-            for other in lines
-            if other.variant.arm == line.variant.arm
-            for name in other.variant.as_dict()
-        }
-        for name in of_arm - {"arm", "budget"}:
-            found.setdefault(name, set()).add(getattr(line.variant, name))
-    return {name: value for name, (value, *more) in sorted(found.items()) if not more}
+    for variant in variants:
+        # No fallback is a setting of every arm; others that are not there mean nothing for it.
+        for name in known[variant.arm] - {"arm", "budget"} | {"fallback"}:
+            found.setdefault(name, set()).add(getattr(variant, name))
+    same = {name: value for name, (value, *more) in sorted(found.items()) if not more}
+    return {name: value for name, value in same.items() if value is not None}
 
 
 def _name(line: Line, said: Mapping[str, Any]) -> str:
