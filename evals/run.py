@@ -144,6 +144,7 @@ def axes(args: argparse.Namespace) -> Axes:
         thresholds=args.threshold,
         ensembles=args.ensemble,
         fallbacks=args.fallback,
+        patiences=args.patience,
     )
 
 

@@ -50,6 +50,7 @@ class LsaOptions:
     resident_path: ResidentPath | None
     host_limit: int | None
     fallback: float | None
+    patience: int | None
     report: Path | None
     plot: Path | None
 
@@ -139,6 +140,7 @@ def make_plan(options: LsaOptions, cfg: ModelConfig, cache: CacheConfig, *, seed
         budget=options.kv_budget,
         resident_path=options.path,
         fallback=options.fallback,
+        patience=options.patience,
         host_limit=options.host_limit,
         seed=seed,
         lookback=file.config.lookback if file else 1,
@@ -252,6 +254,13 @@ def add_lsa(parser: argparse.ArgumentParser) -> None:
         type=arguments.bound,
         metavar="off|BOUND",
         help="estimated share of attention mass missed from which on the budget grows; default off",
+    )
+    add(
+        "--patience",
+        type=arguments.positive_count,
+        metavar="TOKENS",
+        help="that must miss more than --fallback in a row before the budget grows, judged after "
+        "each; default: judged at boundaries only, the last token there",
     )
     add("--report", type=Path, metavar="FILE.json", help="bytes by component, cycles, misses")
     add("--plot", type=Path, metavar="FILE.png", help="resident pages over time; needs matplotlib")

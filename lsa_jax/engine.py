@@ -81,10 +81,12 @@ def run_burst[State: HasLengths](
     *,
     sampler: Sampler,
     stop: tuple[int, ...],
+    enough: Callable[[State, Array], Bool[Array, ""]] | None = None,
 ) -> tuple[Burst, State]:
     """Up to `steps` steps on the device: feed a token, draw the next; ends when all rows are done.
 
-    `forward(state, token, live)` feeds the live rows and returns logits and the next state.
+    `forward(state, token, live)` feeds the live rows and returns logits and the next state;
+    `enough(state, live)` ends the burst before the next step.
     """
     stops = jnp.asarray(stop, jnp.int32)
 
@@ -102,7 +104,11 @@ def run_burst[State: HasLengths](
         )
         return i + 1, token, burst, state
 
-    more = lambda carry: (carry[0] < steps) & ~jnp.all(carry[2].done)  # noqa: E731
+    def more(carry: tuple[Array, Array, Burst, State]) -> Array:
+        i, _, burst, state = carry
+        left = (i < steps) & ~jnp.all(burst.done)
+        return left if enough is None else left & ~enough(state, ~burst.done)
+
     _, _, burst, state = jax.lax.while_loop(more, step, (jnp.int32(0), token, burst, state))
     return burst, state
 

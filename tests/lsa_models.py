@@ -66,12 +66,15 @@ def engine(kv: KVFormat = "float32", chunk: int = 16) -> Engine:
 
 
 class SharedPrograms(Programs):
-    """Programs that sessions of one plan share: of all of them, only "choose" knows the policy."""
+    """Programs that sessions of one plan share: of all of them, only "choose" knows the policy,
+    and only "cycle" a patient fallback."""
 
     all: ClassVar[dict[Any, dict[Any, Any]]] = {}
 
     def _run(self, name: str, *args: Any) -> Any:
-        of = self.plan, name, self.lsa.policy if name == "choose" else None
+        watched = (self.lsa.fallback, self.lsa.patience) if self.lsa.patience else None
+        knows = {"choose": self.lsa.policy, "cycle": watched}
+        of = self.plan, name, knows.get(name)
         self._compiled = self.all.setdefault(of, {})
         return super()._run(name, *args)
 
@@ -91,6 +94,7 @@ def session(
     policy: PolicyConfig = ALL,
     budget: str | None = "1.0",
     fallback: float | None = None,
+    patience: int | None = None,
     host_limit: int | None = None,
     own_buffer: bool = False,
 ) -> LsaSession:
@@ -106,6 +110,7 @@ def session(
         budget=None if budget is None else parse_budget(budget),
         resident_path=path,
         fallback=fallback,
+        patience=patience,
         host_limit=host_limit,
     )
     made = LsaSession(

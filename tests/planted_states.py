@@ -118,7 +118,7 @@ def planted(want: Requests, rng: np.random.Generator) -> LsaState:
         )
     hidden = jnp.asarray(np.stack(inputs)[list(TARGETS)])[:, :, None]
     base = jnp.full_like(lengths, PAGES * CACHE.page_entries)
-    return LsaState(tuple(layers), lengths, base, hidden, state.reads, None)
+    return LsaState(tuple(layers), lengths, base, hidden, state.reads, state.streak, None)
 
 
 @jax.jit

@@ -94,14 +94,16 @@ def variant(arm: str, budget: str | None = "0.6", **settings: object) -> Variant
 
 
 class SharedPrograms(Programs):
-    """Programs that sessions of one plan share: of all of them, only "choose" knows the arm, but
-    those of a session with an indexer take its weights."""
+    """Programs that sessions of one plan share: of all of them, only "choose" knows the arm and
+    only "cycle" a patient fallback, but those of a session with an indexer take its weights."""
 
     all: ClassVar[dict[Any, dict[Any, Any]]] = {}
 
     def _run(self, name: str, *args: Any) -> Any:
         own = self.lsa.arm if name == "choose" else self.lsa.arm == "lsa"
-        self._compiled = self.all.setdefault((self.plan, name, own), {})
+        watched = self.lsa.patience and (self.lsa.fallback, self.lsa.patience)
+        of = self.plan, name, own, watched if name == "cycle" else None
+        self._compiled = self.all.setdefault(of, {})
         return super()._run(name, *args)
 
 

@@ -131,6 +131,22 @@ def test_a_fallback_grows_as_a_session_s():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arm", ["recency", "lagged"])
+def test_a_patient_fallback_ends_a_row_s_cycle_alone_as_a_session_s(arm):
+    """Rows whose cycles ended at different steps do not know of each other."""
+    of = dataclasses.replace(variant(arm, "0.45"), fallback=0.2, patience=2)
+    replies = answers(of)[:3]
+    for b, reply in enumerate(replies):
+        said, events, _ = alone(of, b, 20)
+        assert reply.tokens == said
+        assert [c.pages for c in reply.cycles] == [e.pages for e in events[: len(reply.cycles)]]
+        assert [c.above for c in reply.cycles] == [e.above for e in events[: len(reply.cycles)]]
+    ends = [[cycle.end for cycle in reply.cycles] for reply in replies]
+    assert max(reply.growth for reply in replies) > 0
+    assert len({tuple(np.diff(end)) for end in ends}) > 1, "no row's cycles differ from another's"
+
+
+@pytest.mark.slow
 def test_pages_of_another_size_share_the_prefill():
     of = dataclasses.replace(variant("recency"), page_entries=4)
     said, events, own = alone(of, 1, 20, exact=True)

@@ -68,10 +68,11 @@ class Answers:
         else:
             assert variant.lookahead is not None
             plan = self._plan_of(variant)
+            watched = () if variant.patience is None else (variant.fallback, variant.patience)
             Budgeted(
                 variant,
                 self.base.room(variant),
-                self._stepping(plan, variant.lookahead),
+                self._stepping(plan, variant.lookahead, *watched),
                 self._chooser(plan, variant, seed),
                 in_pages_of(plan, asked, capacity),
                 replies,
@@ -121,19 +122,29 @@ class Answers:
             lookback=self.base.lookback,
         )
 
-    def _make_stepping(self, plan: Level2, lookahead: int) -> Programs:
-        """Steps and misses know nothing of arms but their lookahead: one stands for all."""
+    def _make_stepping(
+        self,
+        plan: Level2,
+        lookahead: int,
+        fallback: float | None = None,
+        patience: int | None = None,
+    ) -> Programs:
+        """Steps and misses know nothing of arms but their lookahead, and of a patient fallback: one
+        stands for all."""
         lsa = LsaConfig(
             targets=plan.targets,
             arm="recency",
             lookahead=lookahead,
             lookback=plan.lookback,
             resident_path="mask",
+            fallback=fallback,
+            patience=patience,
         )
         return Programs(plan, lsa, self.model, None, None)
 
     def _chooser(self, plan: Level2, variant: Variant, seed: int) -> Programs:
-        lsa = dataclasses.replace(self.base.lsa(variant, seed=seed), budget=None, fallback=None)
+        lsa = self.base.lsa(variant, seed=seed)
+        lsa = dataclasses.replace(lsa, budget=None, fallback=None, patience=None)
         calibrated = (variant.policy, variant.threshold, variant.ensemble) == ("budget", None, None)
         return self._choosing(plan, lsa, variant.ensemble, calibrated)
 

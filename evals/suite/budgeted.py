@@ -43,29 +43,55 @@ class Budgeted:
         self.lookahead, self.count = variant.lookahead, len(asked.lengths)
         self.state, self.width = asked.state, self.plan.pages_of(asked.state)
         self.due = np.ones(self.count, bool)  # rows whose next pages are chosen
+        self.since = np.zeros(self.count, int)  # steps since each row's last boundary
+        self.open: list[Cycle | None] = [None] * self.count  # each row's cycle, not over yet
         self.seen = asked.seen if variant.arm == "snapkv" else None
         nothing = jnp.full((self.count, self.width), -1, jnp.int32)
         self.table, self.pages = Table(nothing, nothing), jnp.zeros((self.count, self.width), bool)
 
     def run(self) -> None:
-        """Boundary, cycle, and so on until all rows are done; the first boundary is of all rows,
-        as an admission's."""
-        self._run_cycle(ended=False)
+        """Boundaries of the rows whose cycle is over, steps of all, until all rows are done; the
+        first boundary is of all rows, as an admission's."""
+        self._begin_cycles(ended=False)
         while self.replies.live.any():
-            self.due = self.replies.live.copy()
-            self._run_cycle(ended=True)
+            self._advance()
+            self.due = self.replies.live & self._over()
+            if self.due.any():
+                self._end_cycles(self.due)
+                self._begin_cycles(ended=True)
+        self._end_cycles(np.ones(self.count, bool))
 
-    def _run_cycle(self, *, ended: bool) -> None:
+    def _advance(self) -> None:
+        """Steps until a live row's cycle is over, or as the burst ends."""
+        fed, live = np.array(self.replies.fed), self.replies.live
+        steps = self.replies.steps(self.lookahead - int(self.since[live].max()))
+        burst, self.state = self.replies.cycle(self.stepping, self.state, self.table, steps)
+        self.replies.take(burst)
+        self.since += np.array(self.replies.fed) - fed
+
+    def _over(self) -> np.ndarray:
+        """Rows whose cycle is over: it had all of its steps, or a patient fallback ends it."""
+        over = self.since >= self.lookahead
+        return over if self.variant.patience is None else over | self._impatient()
+
+    def _impatient(self) -> np.ndarray:
+        """Rows whose misses the fallback hears."""
+        if self.variant.patience is None:
+            return np.ones(self.count, bool)
+        return np.asarray(self.state.streak) >= self.variant.patience
+
+    def _begin_cycles(self, *, ended: bool) -> None:
         if self.variant.arm == "oracle" and self.replies.live.any():
             self._foresee()
         noted = self._boundary(ended=ended)
-        left = self.lookahead
-        while left and self.replies.live.any():
-            steps = self.replies.steps(left)
-            burst, self.state = self.replies.cycle(self.stepping, self.state, self.table, steps)
-            left -= self.replies.take(burst)
         for b in np.flatnonzero(self.due):
-            self.replies.cycles[b].append(noted[b]._replace(end=self.replies.fed[b]))
+            self.open[b], self.since[b] = noted[b], 0
+
+    def _end_cycles(self, which: np.ndarray) -> None:
+        for b in np.flatnonzero(which).tolist():
+            cycle, self.open[b] = self.open[b], None
+            if cycle is not None:
+                self.replies.cycles[b].append(cycle._replace(end=self.replies.fed[b]))
 
     def _foresee(self) -> None:
         """Votes of the next cycle, had it everything."""
@@ -86,11 +112,13 @@ class Budgeted:
         noted = self._choose()
         while self._fall_back():
             noted = self._choose()
-        votes = self.state.votes
+        keep, votes = ~jnp.asarray(self.due)[:, None], self.state.votes
+        heard = jnp.asarray(self.due & self._impatient())
         self.state = dataclasses.replace(
             self.state,
-            reads=jnp.zeros_like(self.state.reads),
-            votes=None if votes is None else jnp.zeros_like(votes),
+            reads=jnp.where(keep, self.state.reads, 0),
+            streak=jnp.where(heard, 0, self.state.streak),
+            votes=None if votes is None else jnp.where(keep, votes, 0),
         )
         return noted
 
@@ -169,7 +197,7 @@ class Budgeted:
         if self.variant.fallback is None:
             return False
         misses = self.stepping.missed(self.state, no_records(self.plan), self.table)
-        over = self.due & (np.asarray(misses.mass) > self.variant.fallback)
+        over = self.due & self._impatient() & (np.asarray(misses.mass) > self.variant.fallback)
         whole = [self.room.complete_pages(fed) for fed in self.replies.fed]
         grown = [b for b in np.flatnonzero(over).tolist() if self._extra(b) < whole[b]]
         for b in grown:

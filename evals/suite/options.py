@@ -87,6 +87,7 @@ CELL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "threshold": listed(arguments.inner),
     "ensemble": listed(one_of(get_args(Ensemble))),
     "fallback": listed(arguments.bound),
+    "patience": listed(arguments.positive_count),
 }
 
 
@@ -149,6 +150,8 @@ def _add_axes(parser: argparse.ArgumentParser) -> None:
     add("--ensemble", type=of["ensemble"], default=(None,), help=help_)
     help_ = "off (default) or missed mass; several"
     add("--fallback", type=of["fallback"], default=(None,), help=help_)
+    help_ = "tokens in a row that miss more than --fallback; default: judged at boundaries only"
+    add("--patience", type=of["patience"], default=(None,), help=help_)
     help_ = "last entries that are always wanted; default 16"
     add("--recency", type=arguments.count, default=16, help=help_)
     add("--sink", type=arguments.count, default=0, help="first ones; default 0")

@@ -36,6 +36,7 @@ class Variant:
     threshold: float | None = None
     ensemble: Ensemble | None = None
     fallback: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -67,11 +68,13 @@ class Axes:
     thresholds: Sequence[float | None] = (None,)
     ensembles: Sequence[Ensemble | None] = (None,)
     fallbacks: Sequence[float | None] = (None,)
+    patiences: Sequence[int | None] = (None,)
 
     def variants(self) -> list[Variant]:
         """Every combination that differs, in the order of the arms.
 
-        Only `lsa` has policies, thresholds and ensembles; the policy `threshold` has no budget.
+        Only `lsa` has policies, thresholds and ensembles; the policy `threshold` has no budget, and
+        nothing but a fallback is patient.
         """
         made: dict[Variant, None] = {}
         for arm in self.arms:
@@ -89,12 +92,16 @@ class Axes:
             "threshold": self.thresholds if lsa else (None,),
             "ensemble": self.ensembles if lsa else (None,),
             "fallback": self.fallbacks,
+            "patience": self.patiences,
         }
         found = []
         for values in itertools.product(*choices.values()):
             variant = Variant(arm=arm, **dict(zip(choices, values, strict=True)))
-            free = variant.policy == "threshold"
-            found.append(dataclasses.replace(variant, budget=None) if free else variant)
+            if variant.policy == "threshold":
+                variant = dataclasses.replace(variant, budget=None)
+            if variant.fallback is None:
+                variant = dataclasses.replace(variant, patience=None)
+            found.append(variant)
         return found
 
 
@@ -139,6 +146,7 @@ class Base:
             budget=None if variant.budget is None else parse_budget(variant.budget),
             resident_path="mask",
             fallback=variant.fallback,
+            patience=variant.patience,
             seed=seed if variant.arm == "random" else 0,
         )
 

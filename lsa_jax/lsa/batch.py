@@ -210,7 +210,8 @@ class Batch:
         """Fires level 1 for the rows that are due, and recalls what they are granted.
 
         With a fallback, a row that missed too much in the cycle that `ended` grows; and so does one
-        whose new set lacks too much, before any step reads it, until it lacks less or is whole.
+        whose new set lacks too much, before any step reads it, until it lacks less or is whole. Of
+        a patient one, only rows that have missed too much for so many tokens do either.
         """
         begin, compiling = time.perf_counter(), CompileClock()
         with compiling.listen():
@@ -223,13 +224,14 @@ class Batch:
     def _turn(self, due: np.ndarray, *, ended: bool) -> Turn:
         """What a boundary does; `boundary` times it."""
         read, moved = np.asarray(self.state.reads), 0
+        suspect = self.impatient()
         none = np.zeros(len(self.rows), np.int32)
         before = after = Misses(none, none.astype(np.float32))
         counted = self._firing(due) if ended else self._firing(due) & ~due
         due = self._firing(due)
         if counted.any():
             before = Misses(*(np.where(counted, x, 0) for x in self._misses()))
-            self._fall_back(before, due)
+            self._fall_back(before, due & suspect)
         self.flush(due)
         while True:
             at = self._where(due)
@@ -239,7 +241,7 @@ class Batch:
             self._cycle += 1
             if due.any():
                 after = self._misses()
-            if not self._fall_back(after, due):
+            if not self._fall_back(after, due & suspect):
                 break
         self._count_anew(due)
         for row, on in self.pairs(due):
@@ -247,14 +249,22 @@ class Batch:
         return Turn(due, choice, read, (before, after), int(at.allowed), moved)
 
     def _count_anew(self, due: np.ndarray) -> None:
-        """Reads and votes of the next cycle."""
+        """Reads and votes of the next cycle, and the streaks of rows that were heard."""
         keep = ~jnp.asarray(due)[:, None]
         votes = self.state.votes
         self.state = dataclasses.replace(
             self.state,
             reads=jnp.where(keep, self.state.reads, 0),
+            streak=jnp.where(jnp.asarray(due & self.impatient()), 0, self.state.streak),
             votes=None if votes is None else jnp.where(keep, votes, 0),
         )
+
+    def impatient(self) -> np.ndarray:
+        """Rows whose misses the fallback hears: all, or those that a patient one has seen enough
+        of."""
+        if self.lsa.patience is None:
+            return np.ones(len(self.rows), bool)
+        return np.asarray(self.state.streak) >= self.lsa.patience
 
     def _firing(self, due: np.ndarray) -> np.ndarray:
         """The rows that fire together: under a budget all live ones, for they share it by worth,

@@ -32,7 +32,9 @@ class LsaConfig:
     recall (3 of 32). `resident_path` is how level 2 is confined: "paged" (a pool of pages that
     changes by what is new), "gathered" (the set copied to one place, whole, at each boundary) or
     "mask" (everything on the device; bytes are simulated). `fallback` is the missed attention mass,
-    as estimated, from which on a request's budget grows, up to everything; None never grows it.
+    as estimated, from which on a request's budget grows, up to everything; None never grows it. It
+    is judged at boundaries; with a `patience`, after every token, and the budget grows, at once and
+    not at the cycle's end, where so many tokens in a row missed more.
     `host_limit` bounds the bytes of host memory; `seed` draws for "random".
     """
 
@@ -44,6 +46,7 @@ class LsaConfig:
     budget: Budget | None = None
     resident_path: ResidentPath = "paged"
     fallback: float | None = None
+    patience: int | None = None
     host_limit: int | None = None
     seed: int = 0
 
@@ -59,6 +62,10 @@ class LsaConfig:
                 raise refusal(name, getattr(self, name), ">= 1")
         if self.fallback is not None and not 0 < number("fallback", self.fallback, float) < 1:
             raise refusal("fallback", self.fallback, "in (0, 1), a share of attention mass")
+        if self.patience is not None and number("patience", self.patience, int) < 1:
+            raise refusal("patience", self.patience, "at least 1 token")
+        if self.patience is not None and self.fallback is None:
+            raise refusal("patience", self.patience, "given with a fallback only")
         if self.host_limit is not None and number("host_limit", self.host_limit, int) < 1:
             raise refusal("host_limit", self.host_limit, "at least 1 byte")
 

@@ -37,8 +37,9 @@ class LsaState:
     whole and `base` only says which entries are new. `hidden` are the target layers' attention
     inputs at the last W tokens, the last one's behind (`Level2`'s lookback; zeros before a text).
     `reads` counts, per page, what level 2 picked of it since the last boundary, over layers and
-    steps. `votes` counts, per entry, the layers and steps since then whose native top-k had it
-    (None: not counted).
+    steps. `streak` counts the last tokens in a row that missed more than the fallback's bound,
+    where that is patient (`LsaConfig`). `votes` counts, per entry, the layers and steps since the
+    last boundary whose native top-k had it (None: not counted).
     """
 
     layers: tuple[LayerState, ...]
@@ -46,6 +47,7 @@ class LsaState:
     base: Int[Array, " B"]
     hidden: Float[Array, "L B W D"]
     reads: Int[Array, "B P"]
+    streak: Int[Array, " B"]
     votes: Float[Array, "B N"] | None
 
     def last_hidden(self, n: int) -> Float[Array, "B D"]:
@@ -143,8 +145,14 @@ class Level2:
         kept = jnp.where(live[:, None, None], newest, state.hidden)
         rows = jnp.arange(live.shape[0])[:, None]
         read = state.reads.at[rows, jnp.concatenate(pages, axis=1)].add(1, mode="drop")
-        new = LsaState(tuple(layers), state.lengths + count, state.base, kept, read, votes)
-        return streams, new
+        return streams, dataclasses.replace(
+            state,
+            layers=tuple(layers),
+            lengths=state.lengths + count,
+            hidden=kept,
+            reads=read,
+            votes=votes,
+        )
 
     def _picked_pages(self, resident: Resident, live: Bool[Array, " B"]) -> Int[Array, "B k"]:
         """Pages of what a layer picked in this step; out of range where it picked nothing."""
@@ -280,4 +288,4 @@ def _start(
     votes = jnp.zeros((batch, codec.capacity(keys)), jnp.float32) if count_votes else None
     zeros = jnp.zeros_like(state.lengths)
     reads = jnp.zeros((batch, codec.capacity(keys) // cache.page_entries), jnp.int32)
-    return LsaState(tuple(layers), state.lengths, zeros, hidden, reads, votes)
+    return LsaState(tuple(layers), state.lengths, zeros, hidden, reads, zeros, votes)

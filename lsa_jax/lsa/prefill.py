@@ -233,6 +233,7 @@ def run_chunk(
         base=jnp.full_like(base, done * plan.cache.page_entries),
         hidden=_recent(state.hidden, hidden, counts),
         reads=state.reads,
+        streak=jnp.zeros_like(state.streak),
         votes=state.votes,
     )
     state = replicate(state, mesh)

@@ -78,7 +78,8 @@ class Programs:
         stop: tuple[int, ...],
         keep_logits: bool,
     ) -> tuple[Burst, LsaState]:
-        """Up to `steps` <= lookahead steps in which no page moves. The state is donated."""
+        """Up to `steps` <= lookahead steps in which no page moves; fewer where a patient fallback
+        has seen enough of a live row. The state is donated."""
         static = (sampler, stop, keep_logits)
         args = (state, records, table, token, done, key, jnp.int32(steps))
         return self._run("cycle", static, (0,), *args)
@@ -98,14 +99,24 @@ class Programs:
         steps: Array,
     ) -> tuple[Burst, LsaState]:
         model, _ = self._model(weights)
+        bound, patience = self.lsa.fallback, self.lsa.patience
 
         def forward(state: LsaState, token: Array, live: Array) -> tuple[Array, LsaState]:
             streams, state = self.plan.step(model, state, records, table, token, live)
+            if bound is not None and patience is not None:
+                mass = missed.missed(self.plan, model, state, records, table).mass
+                counted = jnp.where(mass > bound, state.streak + 1, 0)
+                streak = jnp.where(live, counted, state.streak)
+                state = dataclasses.replace(state, streak=streak)
             return model.logits(streams)[:, 0], state
 
+        def enough(state: LsaState, live: Array) -> Array:
+            return jnp.any(live & (state.streak >= jnp.int32(patience)))
+
+        options = {"sampler": sampler, "stop": stop, "enough": None if patience is None else enough}
         vocab = self.plan.cfg.vocab_size if keep_logits else None
         burst = empty_burst(done, self.lsa.lookahead, vocab)
-        return run_burst(forward, state, burst, token, key, steps, sampler=sampler, stop=stop)
+        return run_burst(forward, state, burst, token, key, steps, **options)
 
     def missed(self, state: LsaState, records: UInt8[Array, "S r 128"], table: Table) -> Misses:
         """`missed.missed`."""

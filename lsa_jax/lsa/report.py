@@ -285,6 +285,7 @@ def as_json(session: LsaSession) -> dict[str, Any]:
         },
         "fallback": {
             "bound": lsa.fallback,
+            "patience": lsa.patience,
             "doublings": max((event.growth for event in events), default=0),
             "pages_above_budget": max((event.above for event in events), default=0),
             "pool_bytes": tiers.slots * record,

@@ -242,7 +242,8 @@ class LsaSession:
         keep_logits: bool = False,
     ) -> Burst:
         """Feeds `token`, draws the next, and so on for at most `steps` steps: fewer where a row's
-        cycle ends before, for pages move between two calls and never within one.
+        cycle ends before, for pages move between two calls and never within one. A patient fallback
+        may end it after any step.
 
         Rows without a request, and `done` ones, are left alone. A row whose last set had NaN scores
         is refused by name; the others go on once it is cancelled or `done`.
@@ -270,10 +271,18 @@ class LsaSession:
         )
         self._count(np.asarray(token), burst)
         over = np.asarray(burst.done)
-        due = [row is not None and row.since >= self.lsa.lookahead for row in self.batch.rows]
+        due = self._ended()
         if (due & ~over).any():
             self.batch.boundary(due & ~over, ended=True)
         return burst
+
+    def _ended(self) -> np.ndarray:
+        """Rows whose cycle is over: it had all of its steps, or a patient fallback ends it."""
+        due = [row is not None and row.since >= self.lsa.lookahead for row in self.batch.rows]
+        if self.lsa.patience is None:
+            return np.array(due)
+        live = np.array([row is not None for row in self.batch.rows])
+        return np.array(due) | (live & self.batch.impatient())
 
     def _check_steps(self, live: np.ndarray, steps: int) -> int:
         """The steps until a cycle ends or a request is whole; ConfigError where one is already."""
@@ -298,9 +307,9 @@ class LsaSession:
 
     def _fire_late(self, live: np.ndarray) -> None:
         """The boundary of rows that had stopped at the end of their cycle, and go on after all."""
-        rows = [row is not None and row.since >= self.lsa.lookahead for row in self.batch.rows]
-        if (live & rows).any():
-            self.batch.boundary(live & rows, ended=True)
+        due = live & self._ended()
+        if due.any():
+            self.batch.boundary(due, ended=True)
 
     def _count(self, token: np.ndarray, burst: Burst) -> None:
         """Notes the tokens that were fed: the given one, then all drawn but the last."""
