@@ -134,7 +134,9 @@ def compute_config(dtype: Literal["auto"] | ComputeDType) -> ComputeConfig:
 
 
 def axes(args: argparse.Namespace) -> Axes:
-    """The combinations that the options ask for."""
+    """The combinations that the options ask for; ConfigError where one would mean nothing."""
+    if any(args.patience) and not any(args.fallback):
+        raise ConfigError("--patience needs a --fallback, got off")
     return Axes(
         arms=args.arms,
         budgets=args.kv_budget,

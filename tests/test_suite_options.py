@@ -41,6 +41,7 @@ page_entries = 2
 threshold = 1e-6
 ensemble = "mean"
 fallback = ["off", 0.05]
+patience = [3, 6]
 """
 
 
@@ -59,8 +60,14 @@ def test_a_cell_says_what_is_not_as_the_options_say(tmp_path):
     assert vars(first.options) == vars(args) | wanted
     wanted = {"tasks": ("mrcr",), "seeds": 1, "policy": ("budget", "threshold")}
     wanted |= {"lookahead": (16, 64), "page_entries": (2,), "threshold": (1e-6,)}
-    wanted |= {"ensemble": ("mean",), "fallback": (None, 0.05)}
+    wanted |= {"ensemble": ("mean",), "fallback": (None, 0.05), "patience": (3, 6)}
     assert vars(second.options) == vars(args) | wanted
+
+
+def test_only_a_fallback_is_patient(tmp_path):
+    _, second = given(told(tmp_path, CELLS, "--arms", "recency", "--lookahead", "16"))
+    found = [(v.fallback, v.patience) for v in command.axes(second.options).variants()]
+    assert found == 2 * [(None, None), (0.05, 3), (0.05, 6)]  # for lookaheads 16 and 64
 
 
 def test_without_cells_the_options_are_the_only_one():
@@ -85,7 +92,7 @@ FINE = "[[cells]]\nlengths = [8192]\n"
     ("cell", "said"),
     [
         ('budget = "0.10"', "key must be among arms, kv_budget, "),
-        ("dtype = 'float32'", "fallback, got 'dtype'\n"),
+        ("dtype = 'float32'", "patience, got 'dtype'\n"),
         ("arms = ['full', 'none']", "arms must be among full, no_csa, "),
         ("arms = []", "got ''\n"),
         ("kv_budget = 1", "kv_budget must be 1.0 for everything or 1B for one byte, got '1'\n"),
@@ -95,6 +102,7 @@ FINE = "[[cells]]\nlengths = [8192]\n"
         ("seeds = true", "seeds must be an integer >= 1, got 'True'\n"),
         ("lengths = [[8192]]", "lengths must be an integer >= 1, got '[8192]'\n"),
         ("page_entries = { a = 2 }", "page_entries must be an integer in [1, 2^31), got "),
+        ("patience = 6", "--patience needs a --fallback, got off\n"),
         ("fallback = 1.5", "fallback must be a number in (0, 1), got '1.5'\n"),
         ("tasks = ['niah']", "tasks must be one of recall, "),
         ("lengths = [131072]", "lengths must be at most 131072 with 16 for answers, got 131072\n"),
@@ -134,14 +142,19 @@ def test_lsa_in_any_cell_needs_an_indexer(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_published_table_can_be_asked_of_the_embedded_model(tmp_path, dtype):
+@pytest.mark.parametrize("file", ["mini_table", "mini_ablations", "mini_budgets"])
+def test_the_published_tables_can_be_asked_of_the_embedded_model(tmp_path, file, dtype):
     """Budgets have room for what must be on the device, and the model for the lengths."""
-    table, out = str(ROOT / "configs/mini_table.toml"), tmp_path / "out"
+    table, out = str(ROOT / f"configs/{file}.toml"), tmp_path / "out"
     args = options.parse([*EMBEDDED, "--out", str(out), "--cells", table, "--dtype", dtype])
     setup = command.prepare(args)
-    assert setup.averaged == {16384: set(TASKS)}
-    assert len(setup.blocks) == 1  # one prefill for all arms
-    assert setup.seeds == (3,) and not out.exists()
+    assert not out.exists()
+    if file == "mini_table":
+        whole = {4096, 8192, 16384}  # longer ones leave out what one question a text asks for
+        assert {n for n, tasks in setup.averaged.items() if tasks == set(TASKS)} == whole
+        assert set(TASKS) - setup.averaged[65536] == {"cwe", "fwe"} and setup.seeds == (3,)
+        first = next(block for block in setup.blocks if block.grid.lengths == (16384,))
+        assert len(first.variants) == 6  # one prefill for all arms
 
 
 @pytest.mark.parametrize(

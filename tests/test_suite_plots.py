@@ -116,10 +116,32 @@ def drawn_by_bytes(figure):
     return out
 
 
-def test_by_length_shows_the_budget_that_most_lengths_have():
+def test_by_bytes_leaves_out_tasks_that_have_one_budget_only():
+    threshold = dataclasses.replace(LSA, budget=None, policy="threshold")
+    lines = [*table(16384), line(FULL, "qa_1"), line(LSA, "qa_1"), line(threshold, "qa_1")]
+    assert set(drawn_by_bytes(plots.by_bytes(lines, 16384))) == set(TASKS)
+    alone = [line for line in lines if line.task == "qa_1"]
+    assert set(drawn_by_bytes(plots.by_bytes(alone, 16384))) == {"qa_1"}
+
+
+def test_by_length_shows_the_most_bytes_of_each_length_and_writes_them_at_the_points():
     """The shortest has a budget of its own, as a tenth of its bytes is little."""
     wide = dataclasses.replace(LSA, budget="0.25")
+    patient = dataclasses.replace(LOOSE, fallback=0.05, patience=5)
     lines = [line(wide, length=4096), *table(8192, 16384), line(LSA, length=32768)]
-    panel = drawn(plots.by_length(lines))["mrcr"]
-    assert [x for x, _ in panel["lsa 0.10"]] == [8192, 16384, 32768]
-    assert "lsa 0.25" not in panel and [x for x, _ in panel["full"]] == [8192, 16384]
+    figure = plots.by_length([*lines, line(patient, length=8192, accuracy=0.9)])
+    panel = drawn(figure)["mrcr"]
+    assert panel["lsa"] == [[0.0, 50.0], [1.0, 50.0], [2.0, 50.0], [3.0, 50.0]]
+    assert [x for x, _ in panel["full"]] == [1, 2]
+    (axes,) = [axes for axes in figure.axes if axes.get_title() == "mrcr"]
+    assert [text.get_text() for text in axes.texts] == ["25 %", "14 %", "14 %", "10 %"]
+    assert ticks(figure) == ["4,096", "8,192", "16,384", "32,768"]
+
+
+def test_pictures_of_averages_are_drawn_beside_those_of_all_tasks():
+    names = [name for name, _ in plots.every(table(8192))]
+    kinds = ("accuracy", "averages")
+    assert names == [f"{kind}_by_{x}" for kind in kinds for x in ("bytes_8192", "length")]
+    alone = [line for line in table(8192) if line.task == "vt"]
+    assert [name for name, _ in plots.every(alone)] == names[:2]
+    assert list(plots.every([])) == []

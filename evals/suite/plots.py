@@ -78,20 +78,24 @@ def _tasks(lines: Sequence[Line]) -> list[str]:
 
 
 def every(lines: Sequence[Line]) -> Iterator[tuple[str, Figure]]:
-    """All pictures of a run by name; none where nothing was answered."""
-    for length in sorted({line.length for line in lines}):
-        yield f"accuracy_by_bytes_{length}", by_bytes(lines, length)
-    if lines:
-        yield "accuracy_by_length", by_length(lines)
-        for name, figure in sweeps(lines):
-            yield f"accuracy_by_{name}", figure
+    """All pictures of a run by name, those of all tasks again with their averages only; none where
+    nothing was answered."""
+    averages = [line for line in lines if line.task in AVERAGES]
+    for name, shown in (("accuracy", lines), ("averages", averages)):
+        for length in sorted({line.length for line in shown}):
+            yield f"{name}_by_bytes_{length}", by_bytes(shown, length)
+        if shown:
+            yield f"{name}_by_length", by_length(shown)
+    for name, figure in sweeps(lines):
+        yield f"accuracy_by_{name}", figure
 
 
 def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
-    """Accuracy over the KV share on the device, a panel per task, at one length; full attention and
-    its ablation are horizontal lines. An arm that has several settings is shown with the first."""
+    """Accuracy over the KV share on the device, at one length, a panel for each task that an arm
+    has answered with several budgets (for all, if there is none); full attention and its ablation
+    are horizontal lines. An arm that has several settings is shown with the first."""
     lines = [line for line in lines if line.length == length]
-    tasks = _tasks(lines)
+    tasks = _with_curves(lines) or _tasks(lines)
     figure, panels = _panels(len(tasks), dpi)
     for axes, task in zip(panels, tasks, strict=True):
         own = [line for line in lines if line.task == task]
@@ -100,8 +104,7 @@ def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
                 arm = line.variant.arm
                 height = 100 * line.accuracy.value
                 axes.axhline(height, color=_COLOURS[arm], label=arm, linestyle="--", linewidth=1)
-        chosen = [line for line in own if line.variant.arm not in UNBOUNDED]
-        for label, (first, *_) in _groups(chosen, _without_bound).items():
+        for label, first in _curves(own).items():
             points = [(100 * line.device, line) for line in first]
             _draw(axes, points, label, linestyle=":" if "threshold" in label else "-")
         axes.set(xlabel="KV bytes on the device (% of all)", ylabel="accuracy (%)", title=task)
@@ -110,18 +113,37 @@ def by_bytes(lines: Sequence[Line], length: int, *, dpi: int = 120) -> Figure:
     return figure
 
 
+def _curves(lines: Sequence[Line]) -> _Series:
+    """The lines of each arm with its first settings; how much may be on the device differs."""
+    chosen = [line for line in lines if line.variant.arm not in UNBOUNDED]
+    return {label: first for label, (first, *_) in _groups(chosen, _without_bound).items()}
+
+
+def _with_curves(lines: Sequence[Line]) -> list[str]:
+    """The tasks that an arm has answered with several budgets."""
+    curves = {t: _curves([line for line in lines if line.task == t]) for t in _tasks(lines)}
+    return [task for task, found in curves.items() if max(map(len, found.values()), default=0) > 1]
+
+
 def by_length(lines: Sequence[Line], *, dpi: int = 120) -> Figure:
-    """Accuracy over the length, a panel per task, each arm with the budget and the settings that
-    it has at the most lengths."""
-    tasks = _tasks(lines)
+    """Accuracy over the length, a panel per task, each arm with its first settings and the most
+    bytes that it may have at a length; what these are is written at the points of `lsa`."""
+    tasks, lengths = _tasks(lines), sorted({line.length for line in lines})
     figure, panels = _panels(len(tasks), dpi)
     for axes, task in zip(panels, tasks, strict=True):
-        own = [line for line in lines if line.task == task]
-        for label, found in _groups(own, lambda variant: variant).items():
-            most = max(found, key=len)
-            points = [(float(line.length), line) for line in most]
-            _draw(axes, points, _bounded(label, most[0].variant))
-        axes.set(xlabel="tokens", ylabel="accuracy (%)", title=task, xscale="log")
+        points: dict[str, list[tuple[float, Line]]] = {}
+        for at, length in enumerate(lengths):
+            own = [line for line in lines if (line.task, line.length) == (task, length)]
+            for label, (first, *_) in _groups(own, _without_bound).items():
+                most = max(first, key=lambda line: line.device)
+                points.setdefault(label, []).append((float(at), most))
+        for label, found in points.items():
+            _draw(axes, found, label)
+        for at, line in points.get("lsa", []):
+            place, share = (at, 100 * line.accuracy.value), f"{100 * line.device:.0f} %"
+            axes.annotate(share, place, (0, -14), textcoords="offset points", ha="center")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axes.set(xlabel="tokens", ylabel="accuracy (%)", title=task)
         axes.legend(fontsize="x-small")
     return figure
 
