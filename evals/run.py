@@ -144,6 +144,7 @@ def axes(args: argparse.Namespace) -> Axes:
         page_entries=args.page_entries,
         policies=args.policy,
         thresholds=args.threshold,
+        recall_gates=args.recall_gate,
         ensembles=args.ensemble,
         fallbacks=args.fallback,
         patiences=args.patience,

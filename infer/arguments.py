@@ -38,6 +38,7 @@ count = checked(int, lambda n: 0 <= n <= MAX_COUNT, "an integer in [0, 2^31)")
 positive_count = checked(int, lambda n: 1 <= n <= MAX_COUNT, "an integer in [1, 2^31)")
 temperature = checked(float, lambda x: 0 <= x < math.inf, "a finite number >= 0")
 probability = checked(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
+positive_number = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 inner = checked(float, lambda x: 0 < x < 1, "a number in (0, 1)")
 seed = checked(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2^32)")
 

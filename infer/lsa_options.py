@@ -25,7 +25,7 @@ from lsa_jax.lsa.room import Room
 from lsa_jax.lsa.targets import check_targets, default_target_layers
 
 # These mean nothing where no indexer gives probabilities.
-_TRAINED = ("indexer", "indexer_dtype", "query_mode", "threshold", "policy")
+_TRAINED = ("indexer", "indexer_dtype", "query_mode", "threshold", "recall_gate", "policy")
 _POLICIES = ("budget", "published", "threshold")
 
 IndexerDType = Literal["float32", "bfloat16"]
@@ -42,6 +42,7 @@ class LsaOptions:
     target_layers: tuple[int, ...] | None
     lookahead: int | None
     threshold: float | None
+    recall_gate: float | None
     recency: int | None
     sink: int | None
     policy: Literal["budget", "published", "threshold"] | None
@@ -169,7 +170,7 @@ def _policy(options: LsaOptions, cache: CacheConfig) -> PolicyConfig:
     recency = cache.page_entries if name == "budget" else PolicyConfig().recency
     given = {
         field: getattr(options, field)
-        for field in ("threshold", "recency", "sink", "recall_pages")
+        for field in ("threshold", "recall_gate", "recency", "sink", "recall_pages")
         if getattr(options, field) is not None
     }
     return PolicyConfig(**{"policy": name, "recency": recency, **given})
@@ -240,6 +241,13 @@ def add_lsa(parser: argparse.ArgumentParser) -> None:
         type=arguments.inner,
         help="score above which an entry is wanted; default: as calibrated in the indexer's "
         "file, for the policy budget, else 0.5 of probabilities, an even share of shares",
+    )
+    add(
+        "--recall-gate",
+        type=arguments.positive_number,
+        metavar="RATIO",
+        help="recall nothing where the best entries score no more than this many times the "
+        "entries that are always kept (1 suits shares); default: recall in any case",
     )
     add(
         "--recency",

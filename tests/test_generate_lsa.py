@@ -236,6 +236,8 @@ QUEST = ("--attention", "quest")
         ([*LSA, "--indexer-dtype", "float16"], "'float16'"),
         ([*LSA, "--query-mode", "int8"], "'int8'"),
         ([*QUEST, "--threshold", "0.5"], "--threshold needs --attention lsa, got quest"),
+        ([*QUEST, "--recall-gate", "1"], "--recall-gate needs --attention lsa, got quest"),
+        ([*LSA, "--recall-gate", "0"], "a finite number above 0, got '0'"),
         ([*QUEST, "--policy", "published"], "--policy needs --attention lsa, got quest"),
         ([*QUEST, "--target-layers", "2"], "distinct ascending CSA ordinals in 0..1, got [2]"),
         ([*QUEST, "--target-layers", "a"], "CSA ordinals such as 10,12,20, got 'a'"),

@@ -1,5 +1,6 @@
 """Resident sets against a brute force written from the spec, and the properties they promise."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -34,6 +35,8 @@ SETTINGS = [
     (MODE_A, 1),
     (DENSEST, 4),
     (PUBLISHED, 4),
+    (PolicyConfig(recency=2, sink=1, recall_gate=1.5), 4),
+    (PolicyConfig(policy="threshold", recency=1, recall_gate=2.0, cap=6, sticky=True), 2),
     (PolicyConfig(policy="published", recency=0, sink=2, recall_pages=2), 3),
     (TOP, 4),
 ]
@@ -314,3 +317,41 @@ def test_calibrated_thresholds_are_the_same_on_the_device(edges):
 def test_a_bad_setting_is_refused_by_name(settings, field):
     with pytest.raises(ConfigError, match=f"^{field} must be "):
         PolicyConfig(**settings)
+
+
+def test_a_gate_leaves_forced_pages_where_nothing_else_is_worth_as_much():
+    """Four other entries stand against the one that is always kept."""
+    cfg = PolicyConfig(recency=1, threshold=1 / 16, recall_gate=1.0)
+    scores = jnp.asarray([[0.5, 0.25, 0.25, 0.0, 0.75], [0.5, 0.25, 0.25, 0.25, 1.25]]).clip(0, 1)
+    asked = {"page_entries": 1, "allowed": 10, "live": jnp.ones(2, bool)}
+    entries = jnp.array([5, 5])
+    got = resident_set.select(scores, entries, entries, cfg, **asked)
+    np.testing.assert_array_equal(got.pages, [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+    strict = dataclasses.replace(cfg, recall_gate=1.5)
+    got = resident_set.select(scores, entries, entries, strict, **asked)
+    np.testing.assert_array_equal(got.pages, [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(got.wanted, [1, 1])
+    np.testing.assert_array_equal(got.over_budget, [0, 0])
+
+
+def test_a_gate_is_each_row_s_own_and_knows_no_later_column():
+    cfg = PolicyConfig(recency=1, threshold=1 / 16, recall_gate=1.0)
+    scores = jnp.asarray([[0.5, 0.25, 0.5, np.nan, 9.0], [0.25, 0.125, 0.5, 1.0, 1.0]])
+    asked = {"page_entries": 1, "allowed": 10, "live": jnp.ones(2, bool)}
+    entries = jnp.array([3, 3])
+    got = resident_set.select(scores, entries, entries, cfg, **asked)
+    np.testing.assert_array_equal(got.pages, [[1, 1, 1, 0, 0], [0, 0, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"recall_gate": 0.0}, "recall_gate must be a finite number above 0, got 0.0"),
+        ({"recall_gate": float("inf")}, "recall_gate must be finite, got inf"),
+        ({"recall_gate": 1.0, "policy": "top"}, "recall_gate must be not given with policy 'top'"),
+        ({"recall_gate": 1.0, "recency": 0}, "recall_gate must be given with a recency or a sink"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused(given, words):
+    with pytest.raises(ConfigError, match=words):
+        PolicyConfig(**given)

@@ -39,6 +39,7 @@ policy = ["budget", "threshold"]
 lookahead = [16, 64]
 page_entries = 2
 threshold = 1e-6
+recall_gate = 1.0
 ensemble = "mean"
 fallback = ["off", 0.05]
 patience = [3, 6]
@@ -59,7 +60,12 @@ def test_a_cell_says_what_is_not_as_the_options_say(tmp_path):
     wanted["kv_budget"] = ("0.10", "64KiB")  # as written, for a record's key has its text
     assert vars(first.options) == vars(args) | wanted
     wanted = {"tasks": ("mrcr",), "seeds": 1, "policy": ("budget", "threshold")}
-    wanted |= {"lookahead": (16, 64), "page_entries": (2,), "threshold": (1e-6,)}
+    wanted |= {
+        "lookahead": (16, 64),
+        "page_entries": (2,),
+        "threshold": (1e-6,),
+        "recall_gate": (1.0,),
+    }
     wanted |= {"ensemble": ("mean",), "fallback": (None, 0.05), "patience": (3, 6)}
     assert vars(second.options) == vars(args) | wanted
 

@@ -85,6 +85,7 @@ CELL_OPTIONS: dict[str, Callable[[str], Any]] = {
     "page_entries": listed(arguments.positive_count),
     "policy": listed(one_of(get_args(LsaPolicy))),
     "threshold": listed(arguments.inner),
+    "recall_gate": listed(arguments.positive_number),
     "ensemble": listed(one_of(get_args(Ensemble))),
     "fallback": listed(arguments.bound),
     "patience": listed(arguments.positive_count),
@@ -146,6 +147,8 @@ def _add_axes(parser: argparse.ArgumentParser) -> None:
     add("--policy", type=of["policy"], default=("budget",), help=help_)
     help_ = "of lsa; default: as calibrated in the indexer's file, else 0.5"
     add("--threshold", type=of["threshold"], default=(None,), help=help_)
+    help_ = "of lsa: what its best entries must be worth; default: none"
+    add("--recall-gate", type=of["recall_gate"], default=(None,), help=help_)
     help_ = "of lsa; default: the indexer's own"
     add("--ensemble", type=of["ensemble"], default=(None,), help=help_)
     help_ = "off (default) or missed mass; several"

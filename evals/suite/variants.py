@@ -34,6 +34,7 @@ class Variant:
     page_entries: int | None = None
     policy: LsaPolicy | None = None
     threshold: float | None = None
+    recall_gate: float | None = None
     ensemble: Ensemble | None = None
     fallback: float | None = None
     patience: int | None = None
@@ -66,6 +67,7 @@ class Axes:
     page_entries: Sequence[int]
     policies: Sequence[LsaPolicy] = ("budget",)
     thresholds: Sequence[float | None] = (None,)
+    recall_gates: Sequence[float | None] = (None,)
     ensembles: Sequence[Ensemble | None] = (None,)
     fallbacks: Sequence[float | None] = (None,)
     patiences: Sequence[int | None] = (None,)
@@ -73,8 +75,8 @@ class Axes:
     def variants(self) -> list[Variant]:
         """Every combination that differs, in the order of the arms.
 
-        Only `lsa` has policies, thresholds and ensembles; the policy `threshold` has no budget, and
-        nothing but a fallback is patient.
+        Only `lsa` has policies, thresholds, gates and ensembles; the policy `threshold` has no
+        budget, and nothing but a fallback is patient.
         """
         made: dict[Variant, None] = {}
         for arm in self.arms:
@@ -90,6 +92,7 @@ class Axes:
             "page_entries": self.page_entries,
             "policy": self.policies if lsa else (None,),
             "threshold": self.thresholds if lsa else (None,),
+            "recall_gate": self.recall_gates if lsa else (None,),
             "ensemble": self.ensembles if lsa else (None,),
             "fallback": self.fallbacks,
             "patience": self.patiences,
@@ -135,7 +138,7 @@ class Base:
         """
         assert variant.arm not in ("full", "no_csa") and variant.lookahead is not None
         policy: dict[str, Any] = {"recency": self.recency, "sink": self.sink}
-        given = {"policy": variant.policy, "threshold": variant.threshold}
+        given = {name: getattr(variant, name) for name in ("policy", "threshold", "recall_gate")}
         policy |= {name: value for name, value in given.items() if value is not None}
         return LsaConfig(
             targets=self.targets,

@@ -27,7 +27,7 @@ def policy_of(lsa: LsaConfig) -> PolicyConfig:
     """The policy that an arm's scores go through: untrained arms fill what they are allowed."""
     if lsa.arm == "lsa":
         return lsa.policy
-    return dataclasses.replace(lsa.policy, policy="top", cap=0, sticky=False)
+    return dataclasses.replace(lsa.policy, policy="top", cap=0, sticky=False, recall_gate=None)
 
 
 def by_page(lsa: LsaConfig) -> bool:

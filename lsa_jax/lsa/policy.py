@@ -1,6 +1,7 @@
 """How scores become a resident set: the settings, in plain Python (LSA spec 2.4, 2.6)."""
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
@@ -9,6 +10,7 @@ from lsa_jax.lsa.indexer_config import Score
 Policy = Literal["budget", "published", "threshold", "top"]
 MAX_THRESHOLD = 1 - 2**-24  # the largest float32 below 1: scores are compared in float32
 EVEN_ODDS = 0.5  # the threshold of probabilities where none is given
+GATE_ENTRIES = 4  # for each entry that is always kept: those that a gate holds against it
 MAX_COUNT = 2**31 - 1  # entries and pages are counted in int32
 
 
@@ -41,6 +43,11 @@ class PolicyConfig:
     `recency` entries or the first `sink` ones. `cap` (0: none) bounds the kept entries of a row:
     recent and first ones stay, then the highest scores. `sticky` keeps what was resident before.
     `recall_pages` bounds the pages of each row; None leaves that to the budget.
+
+    Shares add up to one whether or not anything is needed. With a `recall_gate`, a row wants its
+    forced pages alone where its best other entries, GATE_ENTRIES times as many as are always kept,
+    score no more than `recall_gate` times what these score together (policies "budget" and
+    "threshold").
     """
 
     policy: Policy = "budget"
@@ -50,6 +57,7 @@ class PolicyConfig:
     cap: int = 0
     sticky: bool = False
     recall_pages: int | None = None
+    recall_gate: float | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -64,8 +72,20 @@ class PolicyConfig:
             raise refusal("recall_pages", pages, "None or an int in [1, 2^31)")
         if not isinstance(self.sticky, bool):
             raise refusal("sticky", self.sticky, "true or false")
+        self._check_gate()
         if self.policy in ("published", "top"):
             if self.cap:
                 raise refusal("cap", self.cap, f"0 with policy {self.policy!r}")
             if self.sticky:
                 raise refusal("sticky", self.sticky, f"false with policy {self.policy!r}")
+
+    def _check_gate(self) -> None:
+        gate = self.recall_gate
+        if gate is None:
+            return
+        if not 0 < number("recall_gate", gate, float) < math.inf:
+            raise refusal("recall_gate", gate, "a finite number above 0")
+        if self.policy in ("published", "top"):
+            raise refusal("recall_gate", gate, f"not given with policy {self.policy!r}")
+        if not self.recency and not self.sink:
+            raise refusal("recall_gate", gate, "given with a recency or a sink above 0")

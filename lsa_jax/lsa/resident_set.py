@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax.lsa.budget import Calibration
-from lsa_jax.lsa.policy import EVEN_ODDS, PolicyConfig
+from lsa_jax.lsa.policy import EVEN_ODDS, GATE_ENTRIES, PolicyConfig
 
 
 class Selection(NamedTuple):
@@ -114,13 +114,33 @@ def _capped(
 ) -> Bool[Array, "B N"]:
     """The passed entries that `cap` leaves: recent and first ones, then the highest, then newer."""
     index = jnp.arange(scores.shape[1], dtype=jnp.int32)
-    forced = (index >= (entries - cfg.recency)[:, None]) | (index < cfg.sink)
-    forced &= index < entries[:, None]
+    forced = _always_kept(entries, scores.shape[1], cfg)
     optional = passed & ~forced
     room = jnp.maximum(cfg.cap - jnp.sum(forced, axis=1, dtype=jnp.int32), 0)
     tier = jnp.zeros_like(scores, jnp.int32)
     age = jnp.broadcast_to(-index, scores.shape)
     return (passed & forced) | _first(optional, (tier, scores, age), room)[0]
+
+
+def _always_kept(
+    entries: Int[Array, " B"], columns: int, cfg: PolicyConfig
+) -> Bool[Array, "B {columns}"]:
+    """The last `recency` entries of each row and its first `sink`."""
+    index = jnp.arange(columns, dtype=jnp.int32)
+    forced = (index >= (entries - cfg.recency)[:, None]) | (index < cfg.sink)
+    return forced & (index < entries[:, None])
+
+
+def _worthwhile(
+    scores: Float[Array, "B N"], entries: Int[Array, " B"], cfg: PolicyConfig
+) -> Bool[Array, " B"]:
+    """Rows that pass `cfg.recall_gate`; sanitised scores."""
+    assert cfg.recall_gate is not None
+    always = _always_kept(entries, scores.shape[1], cfg)
+    scores = jnp.maximum(scores, 0)  # what does not exist has no share
+    count = min(GATE_ENTRIES * (cfg.recency + cfg.sink), scores.shape[1])
+    best = jnp.sum(jax.lax.top_k(jnp.where(always, 0, scores), count)[0], axis=1)
+    return best > cfg.recall_gate * jnp.sum(jnp.where(always, scores, 0), axis=1)
 
 
 def _page_scores(
@@ -181,6 +201,8 @@ def select(
     counts = jnp.sum(_per_page(passed, page_entries, False), axis=-1, dtype=jnp.int32)
     page_scores = _page_scores(scores, kept, counts, threshold, cfg, page_entries)
     wanted = jnp.any(_per_page(kept, page_entries, False), axis=-1)
+    if cfg.recall_gate is not None:
+        wanted &= _worthwhile(scores, entries, cfg)[:, None]
     shared = {"page_entries": page_entries, "allowed": allowed, "live": live, "previous": previous}
     shared |= {"rescue": rescue}
     own = {"wanted": None if cfg.policy == "top" else wanted, "counts": counts}

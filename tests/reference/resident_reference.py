@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lsa_jax.lsa.policy import PolicyConfig
+from lsa_jax.lsa.policy import GATE_ENTRIES, PolicyConfig
 
 Page = tuple[int, int]  # (row, page)
 
@@ -46,6 +46,17 @@ def mode_a_entries(scores: Sequence[float], threshold: float, cfg: PolicyConfig)
         return passed | forced
     ranked = sorted(passed - forced, key=lambda j: (-scores[j], -j))
     return forced | set(ranked[: max(cfg.cap - len(forced), 0)])
+
+
+def gated(scores: Sequence[float], cfg: PolicyConfig) -> bool:
+    """Whether nothing but forced pages is worth recalling."""
+    if cfg.recall_gate is None:
+        return False
+    n = len(scores)
+    forced = [j for j in range(n) if j >= n - cfg.recency or j < cfg.sink]
+    others = sorted((Fraction(scores[j]) for j in range(n) if j not in forced), reverse=True)
+    best = sum(others[: GATE_ENTRIES * (cfg.recency + cfg.sink)])
+    return best <= Fraction(cfg.recall_gate) * sum(Fraction(scores[j]) for j in forced)
 
 
 def published_order(
@@ -90,12 +101,13 @@ def _row_pages(row: Row, cfg: PolicyConfig, size: int) -> _Pages:
     kept = {j for j in kept if row.scores[j] > row.threshold}
     old = row.previous & complete if cfg.sticky else frozenset()
     forced, needed, place = set(), set(), {}
+    nothing = gated(row.scores, cfg)
     for p in existing:
         inside = range(p * size, min(n, (p + 1) * size))
         recent = p >= math.floor((n - cfg.recency) / size)
         if recent or p * size < cfg.sink:
             forced.add(p)
-        if p in forced or p in old or cfg.policy == "top" or kept & set(inside):
+        if p in forced or p in old or cfg.policy == "top" or (kept & set(inside) and not nothing):
             needed.add(p)
         tier = 0 if p in forced else 1 if p in old else 2
         mine = [row.scores[j] for j in inside if j in kept]
