@@ -246,8 +246,8 @@ def add_lsa(parser: argparse.ArgumentParser) -> None:
         "--recall-gate",
         type=arguments.positive_number,
         metavar="RATIO",
-        help="recall nothing where the best entries score no more than this many times the "
-        "entries that are always kept (1 suits shares); default: recall in any case",
+        help="recall nothing where the best entries, as many as --recency and --sink keep, score "
+        "no more than this many times what these do; default: recall in any case",
     )
     add(
         "--recency",

@@ -59,6 +59,15 @@ def test_streaks_count_the_tokens_in_a_row_that_missed_more_than_the_bound():
     assert streaks == want and 0 in want and max(want) > 1
 
 
+def test_a_streak_goes_on_over_boundaries_that_nobody_heard():
+    """Cycles of two tokens are over before three in a row have missed too much."""
+    seen, _ = masses()
+    events = run(3, BOUND, lookahead=2).session.batch.events
+    assert [e.tokens - PROMPT for e in events[:3]] == [0, 2, 3]
+    assert [e.growth > 0 for e in events[:3]] == [False, False, True]
+    assert events[1].missed_mass > BOUND and min(seen[:2]) > BOUND
+
+
 @pytest.mark.parametrize("patience", [1, 3])
 def test_a_cycle_ends_where_so_many_in_a_row_missed_too_much_and_the_row_grows(patience):
     """Nothing of it at the admission, whatever the prompt's last token misses."""
@@ -126,7 +135,15 @@ def test_a_row_that_stopped_where_its_patience_ended_goes_on_with_more_pages():
     ("given", "words"),
     [
         ({"patience": 3}, "patience must be given with a fallback only, got 3"),
-        ({"fallback": 0.1, "patience": 0}, "patience must be at least 1 token, got 0"),
+        (
+            {"fallback": 0.1, "patience": 0},
+            r"patience must be an int in \[1, 2\^31\), tokens, got 0",
+        ),
+        ({"fallback": 0.1, "patience": 2**31}, r"patience must be an int in \[1, 2\^31\), tokens"),
+        (
+            {"fallback": 0.1, "patience": 3, "arm": "oracle", "resident_path": "mask"},
+            "patience must be not given with attention oracle, got 3",
+        ),
     ],
 )
 def test_a_patience_that_cannot_be_is_refused(given, words):

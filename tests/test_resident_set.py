@@ -35,7 +35,7 @@ SETTINGS = [
     (MODE_A, 1),
     (DENSEST, 4),
     (PUBLISHED, 4),
-    (PolicyConfig(recency=2, sink=1, recall_gate=1.5), 4),
+    (PolicyConfig(recency=2, sink=1, recall_gate=1.25), 4),
     (PolicyConfig(policy="threshold", recency=1, recall_gate=2.0, cap=6, sticky=True), 2),
     (PolicyConfig(policy="published", recency=0, sink=2, recall_pages=2), 3),
     (TOP, 4),
@@ -320,23 +320,22 @@ def test_a_bad_setting_is_refused_by_name(settings, field):
 
 
 def test_a_gate_leaves_forced_pages_where_nothing_else_is_worth_as_much():
-    """Four other entries stand against the one that is always kept."""
-    cfg = PolicyConfig(recency=1, threshold=1 / 16, recall_gate=1.0)
-    scores = jnp.asarray([[0.5, 0.25, 0.25, 0.0, 0.75], [0.5, 0.25, 0.25, 0.25, 1.25]]).clip(0, 1)
+    """As many others as are always kept stand against these: two and two."""
+    cfg = PolicyConfig(recency=2, threshold=1 / 16, recall_gate=1.0)
+    scores = jnp.asarray([[0.5, 0.25, 0.25, 0.25, 0.5], [0.5, 0.25, 0.25, 0.25, 0.25]])
     asked = {"page_entries": 1, "allowed": 10, "live": jnp.ones(2, bool)}
     entries = jnp.array([5, 5])
     got = resident_set.select(scores, entries, entries, cfg, **asked)
-    np.testing.assert_array_equal(got.pages, [[1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
-    strict = dataclasses.replace(cfg, recall_gate=1.5)
-    got = resident_set.select(scores, entries, entries, strict, **asked)
-    np.testing.assert_array_equal(got.pages, [[0, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
-    np.testing.assert_array_equal(got.wanted, [1, 1])
+    np.testing.assert_array_equal(got.pages, [[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(got.wanted, [2, 5])
     np.testing.assert_array_equal(got.over_budget, [0, 0])
+    loose = dataclasses.replace(cfg, recall_gate=0.5)
+    assert np.asarray(resident_set.select(scores, entries, entries, loose, **asked).pages).all()
 
 
 def test_a_gate_is_each_row_s_own_and_knows_no_later_column():
     cfg = PolicyConfig(recency=1, threshold=1 / 16, recall_gate=1.0)
-    scores = jnp.asarray([[0.5, 0.25, 0.5, np.nan, 9.0], [0.25, 0.125, 0.5, 1.0, 1.0]])
+    scores = jnp.asarray([[0.5, 0.75, 0.5, np.nan, 9.0], [0.25, 0.125, 0.5, 1.0, 1.0]])
     asked = {"page_entries": 1, "allowed": 10, "live": jnp.ones(2, bool)}
     entries = jnp.array([3, 3])
     got = resident_set.select(scores, entries, entries, cfg, **asked)

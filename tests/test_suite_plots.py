@@ -87,6 +87,11 @@ def test_a_fallback_that_is_off_is_a_value_and_a_threshold_that_is_not_given_is_
     assert drawn(figure) == {
         "mrcr, 16,384 tokens": {"lsa 0.10": [[0.0, 50.0], [1.0, 50.0]]},
     }
+    patient = [dataclasses.replace(LSA, fallback=x, patience=6) for x in (0.05, 0.06)]
+    lines = [*table(16384), *map(line, patient)]
+    ((name, figure),) = plots.sweeps(lines)
+    assert name == "fallback" and ticks(figure) == ["off", "0.05", "0.06"]
+    assert len(drawn(figure)["mrcr, 16,384 tokens"]["lsa 0.10"]) == 3
     two = dataclasses.replace(one, threshold=0.6)
     names = [name for name, _ in plots.sweeps([*table(16384), line(one), line(two)])]
     assert names == ["threshold"]

@@ -17,7 +17,8 @@ from evals.suite.variants import UNBOUNDED, Variant
 
 _Series = dict[str, list[Line]]  # by label
 
-SWEEPS = ("lookahead", "page_entries", "threshold", "ensemble", "fallback")
+SWEEPS = ("lookahead", "page_entries", "threshold", "recall_gate", "ensemble", "fallback")
+_OFF = ("recall_gate", "fallback")  # whose None is a value: off
 _COLOURS = {
     "full": "#1b1f24",
     "no_csa": "#a33b3b",
@@ -131,12 +132,14 @@ def by_length(lines: Sequence[Line], *, dpi: int = 120) -> Figure:
     tasks, lengths = _tasks(lines), sorted({line.length for line in lines})
     figure, panels = _panels(len(tasks), dpi)
     for axes, task in zip(panels, tasks, strict=True):
+        own = [line for line in lines if line.task == task]
         points: dict[str, list[tuple[float, Line]]] = {}
-        for at, length in enumerate(lengths):
-            own = [line for line in lines if (line.task, line.length) == (task, length)]
-            for label, (first, *_) in _groups(own, _without_bound).items():
-                most = max(first, key=lambda line: line.device)
-                points.setdefault(label, []).append((float(at), most))
+        for label, (first, *_) in _groups(own, _without_bound).items():
+            for at, length in enumerate(lengths):
+                here = [line for line in first if line.length == length]
+                if here:
+                    most = max(here, key=lambda line: line.device)
+                    points.setdefault(label, []).append((float(at), most))
         for label, found in points.items():
             _draw(axes, found, label)
         for at, line in points.get("lsa", []):
@@ -188,11 +191,23 @@ def _series(lines: Sequence[Line], name: str) -> _Series:
     """For each label the lines that differ in one setting only, where there are several. Where
     other settings tell several such series apart, the one with the most values, else the first."""
     chosen = [line for line in lines if line.variant.arm not in UNBOUNDED]
-    if name != "fallback":  # whose None is a value: off
+    if name not in _OFF:
         chosen = [line for line in chosen if getattr(line.variant, name) is not None]
-    groups = _groups(chosen, lambda variant: dataclasses.replace(variant, **{name: None}))
+    rest: dict[str, None] = {name: None}
+    if name == "fallback":
+        chosen, rest = _of_one_patience(chosen), {"fallback": None, "patience": None}
+    groups = _groups(chosen, lambda variant: dataclasses.replace(variant, **rest))
     widest = {label: max(found, key=len) for label, found in groups.items()}
     return {label: own for label, own in widest.items() if len(own) > 1}
+
+
+def _of_one_patience(lines: Sequence[Line]) -> list[Line]:
+    """Lines with the first patience of a fallback that there is, and those without any fallback."""
+    with_one = [line.variant for line in lines if line.variant.fallback is not None]
+    first = with_one[0].patience if with_one else None
+    return [
+        line for line in lines if line.variant.fallback is None or line.variant.patience == first
+    ]
 
 
 def _sweep(panels: Mapping[tuple[str, int], _Series], name: str, dpi: int) -> Figure:

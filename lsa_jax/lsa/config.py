@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from lsa_jax.config_checks import number, refusal
 from lsa_jax.lsa.budget import Budget
-from lsa_jax.lsa.policy import PolicyConfig
+from lsa_jax.lsa.policy import MAX_COUNT, PolicyConfig
 
 Arm = Literal["lsa", "recency", "random", "lagged", "quest", "snapkv", "oracle"]
 ResidentPath = Literal["paged", "gathered", "mask"]
@@ -33,8 +33,9 @@ class LsaConfig:
     changes by what is new), "gathered" (the set copied to one place, whole, at each boundary) or
     "mask" (everything on the device; bytes are simulated). `fallback` is the missed attention mass,
     as estimated, from which on a request's budget grows, up to everything; None never grows it. It
-    is judged at boundaries; with a `patience`, after every token, and the budget grows, at once and
-    not at the cycle's end, where so many tokens in a row missed more.
+    is judged at boundaries, an admission's too; with a `patience`, after every token that is fed
+    instead, and the budget grows, at once and not at the cycle's end, where so many in a row missed
+    more.
     `host_limit` bounds the bytes of host memory; `seed` draws for "random".
     """
 
@@ -62,12 +63,19 @@ class LsaConfig:
                 raise refusal(name, getattr(self, name), ">= 1")
         if self.fallback is not None and not 0 < number("fallback", self.fallback, float) < 1:
             raise refusal("fallback", self.fallback, "in (0, 1), a share of attention mass")
-        if self.patience is not None and number("patience", self.patience, int) < 1:
-            raise refusal("patience", self.patience, "at least 1 token")
-        if self.patience is not None and self.fallback is None:
-            raise refusal("patience", self.patience, "given with a fallback only")
+        self._check_patience()
         if self.host_limit is not None and number("host_limit", self.host_limit, int) < 1:
             raise refusal("host_limit", self.host_limit, "at least 1 byte")
+
+    def _check_patience(self) -> None:
+        if self.patience is None:
+            return
+        if not 1 <= number("patience", self.patience, int) <= MAX_COUNT:
+            raise refusal("patience", self.patience, "an int in [1, 2^31), tokens")
+        if self.fallback is None:
+            raise refusal("patience", self.patience, "given with a fallback only")
+        if self.arm == "oracle":  # its set is chosen twice, by what nobody has read yet
+            raise refusal("patience", self.patience, "not given with attention oracle")
 
     @property
     def simulated(self) -> bool:

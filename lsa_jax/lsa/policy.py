@@ -10,7 +10,6 @@ from lsa_jax.lsa.indexer_config import Score
 Policy = Literal["budget", "published", "threshold", "top"]
 MAX_THRESHOLD = 1 - 2**-24  # the largest float32 below 1: scores are compared in float32
 EVEN_ODDS = 0.5  # the threshold of probabilities where none is given
-GATE_ENTRIES = 4  # for each entry that is always kept: those that a gate holds against it
 MAX_COUNT = 2**31 - 1  # entries and pages are counted in int32
 
 
@@ -45,9 +44,9 @@ class PolicyConfig:
     `recall_pages` bounds the pages of each row; None leaves that to the budget.
 
     Shares add up to one whether or not anything is needed. With a `recall_gate`, a row wants its
-    forced pages alone where its best other entries, GATE_ENTRIES times as many as are always kept,
-    score no more than `recall_gate` times what these score together (policies "budget" and
-    "threshold").
+    forced (and sticky) pages alone where its best other entries, as many as `recency` and `sink`
+    always keep, score no more than `recall_gate` times what these score together (policies
+    "budget" and "threshold").
     """
 
     policy: Policy = "budget"

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsa_jax.lsa.budget import Calibration
-from lsa_jax.lsa.policy import EVEN_ODDS, GATE_ENTRIES, PolicyConfig
+from lsa_jax.lsa.policy import EVEN_ODDS, PolicyConfig
 
 
 class Selection(NamedTuple):
@@ -138,7 +138,7 @@ def _worthwhile(
     assert cfg.recall_gate is not None
     always = _always_kept(entries, scores.shape[1], cfg)
     scores = jnp.maximum(scores, 0)  # what does not exist has no share
-    count = min(GATE_ENTRIES * (cfg.recency + cfg.sink), scores.shape[1])
+    count = min(cfg.recency + cfg.sink, scores.shape[1])
     best = jnp.sum(jax.lax.top_k(jnp.where(always, 0, scores), count)[0], axis=1)
     return best > cfg.recall_gate * jnp.sum(jnp.where(always, scores, 0), axis=1)
 

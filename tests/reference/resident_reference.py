@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lsa_jax.lsa.policy import GATE_ENTRIES, PolicyConfig
+from lsa_jax.lsa.policy import PolicyConfig
 
 Page = tuple[int, int]  # (row, page)
 
@@ -55,7 +55,7 @@ def gated(scores: Sequence[float], cfg: PolicyConfig) -> bool:
     n = len(scores)
     forced = [j for j in range(n) if j >= n - cfg.recency or j < cfg.sink]
     others = sorted((Fraction(scores[j]) for j in range(n) if j not in forced), reverse=True)
-    best = sum(others[: GATE_ENTRIES * (cfg.recency + cfg.sink)])
+    best = sum(others[: cfg.recency + cfg.sink])
     return best <= Fraction(cfg.recall_gate) * sum(Fraction(scores[j]) for j in forced)
 
 
