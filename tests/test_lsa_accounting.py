@@ -80,7 +80,7 @@ def columns(batch: Batch, live: tuple[Any, ...]) -> dict[str, int]:
     found["other_keys"] = slots * 128 * sum(rows_of(x) for x in layout.keys if x is not None)
     assert found["csa_entries"] + found["other_keys"] == nbytes(records)
     found["page_tables"] = nbytes((pool, table))
-    small = (state.lengths, state.base, state.hidden, state.reads, state.votes, pages)
+    small = (state.lengths, state.base, state.hidden, state.reads, state.votes, state.streak, pages)
     found["others"] = nbytes(small)
     assert sum(found.values()) == nbytes(live)
     return found
