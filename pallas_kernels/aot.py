@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
+TUNINGS = "kernels in other tunings too: those whose name contains this ('' for all)"
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -48,6 +49,8 @@ def start(targets: Sequence[str], ops: Sequence[str], args: argparse.Namespace, 
         command += [item for name in names for item in (flag, name)]
     if args.all:
         command.append("--all")
+    if args.tunings is not None:
+        command.append(f"--tunings={args.tunings}")
     return subprocess.Popen(command, env=environment)
 
 
@@ -81,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--op", type=listed, default=[], help="operations (default: all)")
     out.add_argument("--backend", type=listed, default=[], help="default: the device's kernels")
     out.add_argument("--all", action="store_true", help="every BENCH case, not only the distinct")
+    out.add_argument("--tunings", metavar="TEXT", help=TUNINGS)
     out.add_argument("--processes", type=int, default=2, help="at once (default: 2)")
     out.add_argument("--json", type=Path, metavar="FILE")
     return out

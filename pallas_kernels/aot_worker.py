@@ -1,6 +1,7 @@
 """The process behind `pallas_kernels.aot`: compiles for devices of one platform.
 
     python -m pallas_kernels.aot_worker OUT TARGET [TARGET ...] [--op OP] [--backend NAME] [--all]
+        [--tunings TEXT]
 
 Appends one line of JSON to OUT per program.
 """
@@ -10,7 +11,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ KERNELS = {"tpu": (dispatch.MOSAIC_TPU,), "gpu": (dispatch.MOSAIC_GPU, dispatch.
 def chosen(op: str, every: bool) -> tuple[casebook.Case, ...]:
     """An operation's cases that are compiled: those marked `aot`."""
     return tuple(case for case in casebook.benchmarks(op) if every or case.aot)
+
+
+def tunings(
+    case: casebook.Case, backend: str, text: str | None
+) -> Iterator[tuple[str, casebook.Case]]:
+    """The case in those tunings of a backend whose name contains this, and their names."""
+    for name, (of, tuning) in casebook.tunings(case.op).items():
+        if text is not None and text in name and of == backend:
+            yield name, case.tuned(tuning)
 
 
 def compile_case(target: str, case: casebook.Case, backend: str) -> dict[str, Any]:
@@ -64,6 +74,9 @@ def rows(names: Sequence[str], args: argparse.Namespace) -> Any:
             for backend in (b for b in wanted if b in casebook.backends(op)):
                 for case in chosen(op, args.all):
                     yield compile_case(target, case, backend)
+                    for name, tuned in tunings(case, backend, args.tunings):
+                        row = compile_case(target, tuned, backend)
+                        yield row | {"case": f"{case}, {name}"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", action="append", default=[])
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--tunings")
     args = parser.parse_args(argv)
     with args.out.open("a") as file:
         for row in rows(args.targets, args):

@@ -31,6 +31,7 @@ from pallas_kernels.record import Record
 LARGE = (1 << 30, 8192)  # elements of 4 GiB, and the width of a product, for the ceilings
 SMALL = (1 << 18, 256)  # on a CPU, where they only show that the command works
 APART = "in other processes, begun anew where one dies or writes nothing for S seconds"
+TUNINGS = "time kernels in other tunings too: those whose name contains this ('' for all)"
 LOST = 3  # exit status of a process that lost its device
 
 
@@ -63,6 +64,7 @@ def parser() -> Parser:
     out.add_argument("--check", action="store_true", help="right or wrong, on the small cases")
     out.add_argument("--small", action="store_true", help="time the small cases instead")
     out.add_argument("--case", default="", help="only cases whose line contains this")
+    out.add_argument("--tunings", metavar="TEXT", help=TUNINGS)
     out.add_argument("--peers", metavar="MODULE", help="peers to time: evals.torch_kernel_peers")
     out.add_argument("--budget-s", type=seconds, default=math.inf, help="seconds in all")
     out.add_argument("--json", type=Path, metavar="FILE", help="written after every line")
@@ -154,7 +156,8 @@ def run_timings(ops: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
             result["not_measured"] += [] if earlier else [name]
             continue
         begin = functools.partial(found.begin, name)
-        for row in measured.rows(case, ceilings, args.backend, args.peers, earlier, begin):
+        more = (args.backend, args.tunings, args.peers)
+        for row in measured.rows(case, ceilings, *more, earlier, begin):
             print(measured.line(row), flush=True)
             keep(found, row)
             if time.monotonic() > end:

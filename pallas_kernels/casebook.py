@@ -23,6 +23,8 @@ An operation's folder may hold `cases.py` with two tuples of `Case`:
 
 `call` is the public function: it gets what `make` returned as positional arguments, `static` as
 keywords, and `backend=NAME`. Where an argument has no array (None, a number), put it in `static`.
+`TUNINGS`, name -> (backend, tuning), lists what `bench --tunings` times beside the defaults; it
+calls the backend's function itself, so that `static` must have all that the public one adds.
 """
 
 import dataclasses
@@ -126,6 +128,15 @@ class Case:
         """The call."""
         return self.call(*args, backend=backend, **self.static)
 
+    def tuned(self, tuning: Any) -> "Case":
+        """The same call of a backend's function itself, in a tuning of its own."""
+
+        def call(*args: Any, backend: str, **options: Any) -> Any:
+            made = importlib.import_module(f"pallas_kernels.{self.op}").IMPLEMENTATIONS[backend]
+            return made(*args, tuning=tuning, **options)
+
+        return dataclasses.replace(self, call=call)
+
     def work(self) -> Work:
         """The floor's figures."""
         return self.floor(**self.shape)
@@ -149,6 +160,12 @@ def correctness(op: str) -> tuple[Case, ...]:
 def benchmarks(op: str) -> tuple[Case, ...]:
     """An operation's true shapes."""
     return importlib.import_module(f"pallas_kernels.{op}.cases").BENCH
+
+
+def tunings(op: str) -> Mapping[str, tuple[str, Any]]:
+    """Tunings that are worth timing: name -> (backend, tuning). `TUNINGS` of an operation's cases;
+    a name begins with that of its backend."""
+    return getattr(importlib.import_module(f"pallas_kernels.{op}.cases"), "TUNINGS", {})
 
 
 class Comparison(NamedTuple):

@@ -37,16 +37,18 @@ def rows(
     case: Case,
     ceilings: Ceilings,
     backends: Sequence[str] = (),
+    tunings: str | None = None,
     peers: str | None = None,
     earlier: Mapping[str, Mapping[str, Any]] | None = None,
     begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """The definition's row, then the others' with their ratio to it.
+    """The definition's row, then the others' with their ratio to it, then those of tunings whose
+    name contains `tunings`.
 
     `earlier` are rows by backend that an earlier run made: they are not made again. `begin` is told
     what comes next, so that whoever finds this process dead knows what killed it.
     """
-    known, names = dict(earlier or {}), runnable(case, backends)
+    known, names = dict(earlier or {}), runnable(case, backends, tunings)
     compared = bool(peers) and known.keys() <= {*names, ARGUMENTS}
     if ARGUMENTS in known or (known.keys() >= set(names) and not compared):
         return
@@ -69,12 +71,22 @@ def rows(
         yield from _peer_rows(case, found, arguments, head, xla)
 
 
-def runnable(case: Case, backends: Sequence[str]) -> list[str]:
-    """Backends (of these, if any) that run here. The definition goes first, also where it was not
-    asked for: the others are checked against it."""
+def runnable(case: Case, backends: Sequence[str], tunings: str | None = None) -> list[str]:
+    """Backends (of these, if any) that run here, and their tunings whose names contain `tunings`.
+    The definition goes first, also where it was not asked for: others are checked against it."""
     names = [name for name in casebook.backends(case.op) if dispatch.refusal(name) is None]
     names = [name for name in names if not backends or name in (*backends, dispatch.XLA)]
-    return sorted(names, key=lambda name: name != dispatch.XLA)
+    tuned = {} if tunings is None else casebook.tunings(case.op)
+    more = [name for name, (of, _) in tuned.items() if of in names and str(tunings) in name]
+    return [*sorted(names, key=lambda name: name != dispatch.XLA), *more]
+
+
+def called(case: Case, name: str) -> tuple[Case, str]:
+    """What a name of `runnable` calls: a case and a backend."""
+    if name in casebook.backends(case.op):
+        return case, name
+    backend, tuning = casebook.tunings(case.op)[name]
+    return case.tuned(tuning), backend
 
 
 def _backend_rows(
@@ -96,7 +108,7 @@ def _backend_rows(
         # Each backend goes on in the rotation: what the one before it read last is in the cache.
         first = turn * (2 * timing.REPEATS + 2)
         try:
-            runner = Runner(case, backend, arguments)
+            runner = Runner(*called(case, backend), arguments)
             got = case.view(arguments.sets[0], runner(0))
             got = jax.tree.map(jnp.copy, got) if case.in_place else got  # the next call takes it
             if backend == dispatch.XLA:

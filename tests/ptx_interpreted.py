@@ -82,6 +82,7 @@ INTEGERS: Mapping[str, Callable[..., Values]] = {
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
     "mad": lambda a, b, c: a * b + c,
+    "min": np.minimum,
     "mov": lambda a: a,
     "cvt": lambda a: a,
     "prmt": permuted,

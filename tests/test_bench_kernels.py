@@ -16,6 +16,7 @@ from pallas_kernels import (
     measured,
     programs,
     rows,
+    sparse_decode,
     timing,
 )
 from pallas_kernels.casebook import EXACT, Case, Tolerance, Work
@@ -263,6 +264,27 @@ def test_arguments_rotate_but_for_shared_pools_and_donated_ones_carry_on(
     np.testing.assert_array_equal(first[3], arguments.sets[0][1][0][1])
     np.testing.assert_array_equal(np.asarray(runner(1)), first)  # the donated pool had it already
     assert not arguments.sets[0][0].is_deleted()
+
+
+def test_tunings_are_timed_by_their_names_and_call_the_kernel_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = casebook.benchmarks("sparse_decode")[0]
+    monkeypatch.setattr(measured.dispatch, "refusal", lambda _: None)
+    names = measured.runnable(case, ["mosaic_gpu"], "splits=3 scorer")
+    assert names[0] == "xla" and "mosaic_gpu splits=3 scorer cluster" in names
+    assert measured.runnable(case, ["mosaic_gpu"]) == ["xla", "mosaic_gpu"]
+    tuned, backend = measured.called(case, "mosaic_gpu splits=3 scorer cluster")
+    seen: dict[str, Any] = {}
+    monkeypatch.setitem(sparse_decode.IMPLEMENTATIONS, backend, lambda *_, **kw: seen.update(kw))
+    tuned.run((), backend)
+    assert (seen["tuning"].splits, seen["tuning"].scorer, seen["own"]) == (3, True, False)
+
+
+def test_every_tuning_that_is_named_belongs_to_a_backend_and_its_name_begins_so() -> None:
+    for op in casebook.operations():
+        for name, (backend, _) in casebook.tunings(op).items():
+            assert backend in casebook.backends(op) and name.startswith(f"{backend} ")
 
 
 @pytest.mark.slow

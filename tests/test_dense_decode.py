@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import casebook, dispatch, rows
 from pallas_kernels.casebook import Case
+from pallas_kernels.decode_hopper.steps import Tuning
 from pallas_kernels.dense_decode import dense_decode, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.dense_decode.cases import CASES, small
 from pallas_kernels.split_softmax_cases import SCALE
@@ -116,16 +117,17 @@ def test_tpu_kernel_fetches_what_it_reads(case: Case) -> None:
 
 
 def interpreted_hopper_agrees(
-    case: Case, given: Drawn, splits: int, parts: Any = jnp.float32
+    case: Case, given: Drawn, splits: int, scorer: bool, parts: Any = jnp.float32
 ) -> None:
     args, want = given
-    tuning = mosaic_gpu.Tuning(splits=splits, parts=parts)
+    tuning = Tuning(splits=splits, parts=parts, scorer=scorer)
     got = mosaic_gpu.dense_decode(*args, tuning=tuning, interpret=True, **case.static)
     agree(case, got, want)
 
 
-def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn) -> None:
-    interpreted_hopper_agrees(FP8, few, 2)
+@pytest.mark.parametrize("scorer", [False, True])
+def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn, scorer: bool) -> None:
+    interpreted_hopper_agrees(FP8, few, 2, scorer)
 
 
 @pytest.mark.slow
@@ -140,11 +142,46 @@ def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn) -> No
         ("a window alone", "bfloat16", 3, "float32"),
     ],
 )
+@pytest.mark.parametrize("scorer", [False, True])
 def test_hopper_kernel_splits_rows_of_any_length(
-    name: str, kv: str, splits: int, parts: str
+    name: str, kv: str, splits: int, parts: str, scorer: bool
 ) -> None:
     case = next(c for c in CASES if c.name == name and c.shape["kv"] == kv)
-    interpreted_hopper_agrees(case, drawn(case), splits, jnp.dtype(parts))
+    interpreted_hopper_agrees(case, drawn(case), splits, scorer, jnp.dtype(parts))
+
+
+def test_a_scorer_and_its_summers_cover_dims_that_are_no_power_of_two() -> None:
+    rng = np.random.default_rng(2)
+    q, window, entries = (rng.standard_normal((1, n, 384), np.float32) for n in (64, 64, 64))
+    entries[0, 40:] = np.nan
+    arrays = (jnp.asarray(x, jnp.bfloat16) for x in (q, window, entries))
+    q, window, entries = arrays
+    counts = [jnp.array([n], jnp.int32) for n in (64, 40)]
+    args = (q, window, counts[0], entries, counts[1], jnp.zeros(64))
+    options: dict[str, Any] = {"scale": 384**-0.5, "group": 64, "interpret": True}
+    tuning = Tuning(splits=1, scorer=True)
+    got = mosaic_gpu.dense_decode(*args, **options, tuning=tuning)
+    agree(FP8, got, in_float64(args, options["scale"]))
+
+
+@pytest.mark.parametrize(
+    ("dims", "tuning", "why"),
+    [
+        (512, {"splits": 9, "scorer": True, "cluster": True}, "at most 8 blocks, got 9"),
+        (256, {"splits": 2, "scorer": True, "cluster": True}, "512 dims, got 256"),
+        (512, {"splits": 2, "cluster": True}, "need a warpgroup that scores"),
+        (512, {"splits": 2, "scorer": True, "stages": 3}, "2 stages, got 3"),
+    ],
+)
+def test_tunings_that_do_not_go_together_are_declined(
+    dims: int, tuning: dict[str, Any], why: str
+) -> None:
+    shape = jax.ShapeDtypeStruct((1, 64, dims), jnp.bfloat16)
+    count = jax.ShapeDtypeStruct((1,), jnp.int32)
+    call = functools.partial(mosaic_gpu.dense_decode, scale=1.0, group=64, tuning=Tuning(**tuning))
+    args = (shape, shape, count, shape, count, jax.ShapeDtypeStruct((64,), jnp.float32))
+    with pytest.raises(dispatch.Unsupported, match=why):
+        jax.eval_shape(call, *args)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.declined], ids=str)

@@ -20,12 +20,13 @@ HOPPER = ("h100",)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
-def report(names: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
+def report(names: tuple[str, ...], folder: Path, *more: str) -> list[dict[str, Any]]:
     """Rows of the command's report. The command fails if a program does: tests say which."""
     if why := targets.missing(targets.CHIPS[names[0]]):
         pytest.skip(why)
     file = folder / "report.json"
     command = [sys.executable, "-m", "pallas_kernels.aot", "--target", ",".join(names)]
+    command += more
     ran = subprocess.run([*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True)
     assert file.exists(), ran.stderr[-3000:]
     return json.loads(file.read_text())
@@ -38,7 +39,7 @@ def tpu_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def hopper_rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return report(HOPPER, tmp_path_factory.mktemp("hopper"))
+    return report(HOPPER, tmp_path_factory.mktemp("hopper"), "--tunings", "splits=2 scorer")
 
 
 def failures(rows: list[dict[str, Any]]) -> list[str]:
@@ -71,6 +72,12 @@ def test_every_gpu_kernel_compiles_for_hopper_and_fits_it(hopper_rows) -> None:
 def test_no_operation_with_a_hopper_kernel_was_left_out(hopper_rows) -> None:
     wanted = kernels_of((dispatch.MOSAIC_GPU, dispatch.TRITON), HOPPER)
     assert compiled(hopper_rows) == wanted
+
+
+def test_kernels_compile_for_hopper_in_other_tunings(hopper_rows) -> None:
+    tuned = [row for row in hopper_rows if "scorer" in row["case"]]
+    assert {row["op"] for row in tuned} == {"dense_decode", "sparse_decode"}
+    assert all(row["outcome"] == "compiled" for row in tuned)
 
 
 def test_the_assembler_told_registers_and_shared_memory_of_every_hopper_kernel(hopper_rows) -> None:

@@ -11,21 +11,25 @@ from pallas_kernels.grouped_matmul import mosaic_gpu as grouped_mosaic
 from pallas_kernels.hc_mix import hc_mix
 from pallas_kernels.hc_mix import mosaic_gpu as hc_mosaic
 
-EPS = 1e-6
+EPS, WIDTH, NORM_EPS = 1e-6, 48, 1e-3  # a norm's epsilon that shows
+NORM = {"width": WIDTH, "norm_eps": NORM_EPS}
 HOPPER = dispatch.Target("gpu", "NVIDIA H100 80GB HBM3", 9.0)
 
 
-def hc_inputs(tokens: int, streams: int = 4) -> tuple[jax.Array, jax.Array, jax.Array]:
+def hc_inputs(tokens: int, streams: int = 4) -> tuple[jax.Array, ...]:
     k = (2 + streams) * streams
-    keys = jax.random.split(jax.random.key(tokens), 3)
-    z = 2 * jax.random.normal(keys[0], (tokens, k))
-    return z, 0.7 + 0.2 * jax.random.normal(keys[1], (3,)), jax.random.normal(keys[2], (k,))
+    keys = jax.random.split(jax.random.key(tokens), 4)
+    squares = jax.random.uniform(keys[3], (tokens,), minval=0.5, maxval=5.0)
+    z = 2 * jax.random.normal(keys[0], (tokens, k)) * jnp.sqrt(squares / WIDTH)[:, None]
+    scale = 0.7 + 0.2 * jax.random.normal(keys[1], (3,))
+    return z, squares, scale, jax.random.normal(keys[2], (k,))
 
 
-def hc_in_float64(z, scale, base, n: int, iterations: int) -> np.ndarray:
+def hc_in_float64(inputs: tuple[jax.Array, ...], n: int, iterations: int) -> np.ndarray:
     """The spec's loop over the whole matrix (2.2), not the row and column scales we iterate."""
-    z, scale, base = (np.asarray(a, np.float64) for a in (z, scale, base))
-    logits = z * np.repeat(scale, [n, n, n * n]) + base
+    z, squares, scale, base = (np.asarray(a, np.float64) for a in inputs)
+    normed = z / np.sqrt(squares / WIDTH + NORM_EPS)[:, None]
+    logits = normed * np.repeat(scale, [n, n, n * n]) + base
     sigmoid = 1 / (1 + np.exp(-logits[:, : 2 * n]))
     matrix = np.exp(logits[:, 2 * n :].reshape(-1, n, n))
     matrix = matrix / matrix.sum(-1, keepdims=True) + EPS
@@ -42,23 +46,25 @@ def hc_in_float64(z, scale, base, n: int, iterations: int) -> np.ndarray:
 @pytest.mark.parametrize("iterations", [1, 2, 20])
 def test_hc_mix_is_the_specs_sinkhorn(streams: int, iterations: int) -> None:
     inputs = hc_inputs(5, streams)
-    got = hc_mix(*inputs, streams=streams, iterations=iterations, eps=EPS, backend="xla")
-    want = hc_in_float64(*inputs, streams, iterations)
+    sizes = {"streams": streams, "iterations": iterations, "eps": EPS, **NORM}
+    got = hc_mix(*inputs, **sizes, backend="xla")
+    want = hc_in_float64(inputs, streams, iterations)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 127, 128, 130])  # one thread, around a block, ragged tail
+# A block each; a thread each, around a block, with a ragged tail.
+@pytest.mark.parametrize("tokens", [1, 3, 127, 128, 130])
 def test_hopper_hc_mix_matches_the_definition_when_interpreted(tokens: int) -> None:
-    inputs, sizes = hc_inputs(tokens), {"streams": 4, "iterations": 3, "eps": EPS}
+    inputs, sizes = hc_inputs(tokens), {"streams": 4, "iterations": 3, "eps": EPS, **NORM}
     got = hc_mosaic.hc_mix(*inputs, **sizes, interpret=True)
     np.testing.assert_allclose(got, hc_mix(*inputs, **sizes, backend="xla"), atol=1e-6)
 
 
 def test_hopper_hc_mix_declines_other_dtypes() -> None:
-    z, scale, base = hc_inputs(3)
+    z, squares, scale, base = hc_inputs(3)
     with pytest.raises(dispatch.Unsupported, match="float32, got bfloat16"):
-        sizes = {"streams": 4, "iterations": 3, "eps": EPS}
-        hc_mosaic.hc_mix(z.astype(jnp.bfloat16), scale, base, **sizes)
+        sizes = {"streams": 4, "iterations": 3, "eps": EPS, **NORM}
+        hc_mosaic.hc_mix(z.astype(jnp.bfloat16), squares, scale, base, **sizes)
 
 
 @pytest.mark.parametrize("sizes", [[3, 0, 7, 1], [0, 0, 11, 0], [5, 6, 0, 0]])
@@ -163,8 +169,9 @@ def test_a_bug_in_a_kernel_is_not_a_reason_to_fall_back(monkeypatch) -> None:
 
 
 def test_a_backend_for_another_device_is_refused() -> None:
+    sizes = {"streams": 4, "iterations": 3, "eps": EPS, **NORM}
     with pytest.raises(dispatch.Unsupported, match="needs a Hopper GPU, got cpu"):
-        hc_mix(*hc_inputs(3), streams=4, iterations=3, eps=EPS, backend="mosaic_gpu")
+        hc_mix(*hc_inputs(3), **sizes, backend="mosaic_gpu")
 
 
 def test_a_cpu_runs_the_definitions() -> None:

@@ -14,8 +14,8 @@ from ptx_interpreted import GLOBAL, Block
 
 from pallas_kernels import casebook, dispatch, rows
 from pallas_kernels.casebook import Case
-from pallas_kernels.sparse_decode import mosaic_gpu, mosaic_gpu_cluster, mosaic_gpu_copies
-from pallas_kernels.sparse_decode import mosaic_gpu_ptx as ptx
+from pallas_kernels.decode_hopper import cluster, copies, ptx
+from pallas_kernels.sparse_decode import mosaic_gpu
 from pallas_kernels.sparse_decode.cases import CASES, small
 
 BF16 = ml_dtypes.bfloat16
@@ -31,16 +31,21 @@ def interpreted_agrees(case: Case, tuning: mosaic_gpu.Tuning) -> None:
     assert result.ok, result.why
 
 
-def test_kernel_matches_the_definition_when_interpreted() -> None:
-    interpreted_agrees(small("few", "fp8", picks=70), mosaic_gpu.Tuning(splits=2))
+@pytest.mark.parametrize("scorer", [False, True])
+def test_kernel_matches_the_definition_when_interpreted(scorer: bool) -> None:
+    tuning = mosaic_gpu.Tuning(splits=2, scorer=scorer)
+    interpreted_agrees(small("few", "fp8", picks=70), tuning)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("case", [c for c in CASES if "mosaic_gpu" not in c.declined], ids=str)
-@pytest.mark.parametrize("splits", [1, 4])
-def test_kernel_is_right_in_every_case_when_interpreted(case: Case, splits: int) -> None:
-    interpreted_agrees(case, mosaic_gpu.Tuning(splits=splits, parts=jnp.float32))
+@pytest.mark.parametrize(("splits", "scorer"), [(1, False), (4, False), (1, True), (3, True)])
+def test_kernel_is_right_in_every_case_when_interpreted(
+    case: Case, splits: int, scorer: bool
+) -> None:
+    tuning = mosaic_gpu.Tuning(splits=splits, parts=jnp.float32, scorer=scorer)
+    interpreted_agrees(case, tuning)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 20])
@@ -48,14 +53,14 @@ def test_kernel_is_right_in_every_case_when_interpreted(case: Case, splits: int)
 def test_shares_are_all_keys_once_and_fit_the_list(recent: int, splits: int) -> None:
     picks = 100
     shares = [
-        [int(x) for x in mosaic_gpu_copies.share(jnp.int32(recent), picks, jnp.int32(i), splits)]
+        [int(x) for x in copies.share(jnp.int32(recent), picks, jnp.int32(i), splits)]
         for i in range(splits)
     ]
     slots = [k for first, count, *_ in shares for k in range(first, first + count)]
     picked = [k for *_, first, count in shares for k in range(first, first + count)]
     assert (slots, picked) == ([*range(recent)], [*range(picks)])
     chunks = [-(-slots // 64) + -(-picked // 64) for _, slots, _, picked in shares]
-    assert max(chunks) <= mosaic_gpu_copies.most_chunks(128, picks, splits)
+    assert max(chunks) <= copies.most_chunks(128, picks, splits)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,14 @@ def test_the_list_names_slots_then_valid_picks_then_nothing(
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("splits", [2, 4, 8])
+def test_a_run_of_rows_is_named_by_its_first() -> None:
+    block = copier()
+    block.run(ptx.counted(), (LIST, 7000))
+    got = block.shared[0][LIST : LIST + 256].view(np.int32)
+    np.testing.assert_array_equal(got, 7000 + np.arange(64))
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4, 5, 7, 8])
 def test_a_cluster_combines_what_its_blocks_have(splits: int) -> None:
     rng = np.random.default_rng(3)
     parts = rng.standard_normal((splits, 64, 512)).astype(BF16)
@@ -156,7 +168,7 @@ def test_a_cluster_combines_what_its_blocks_have(splits: int) -> None:
     assert (unswizzled(memories[0]) == parts[0]).all()
     for rank in range(splits):
         block = Block(memories, (sink, out), 0, 256, rank)
-        block.run(mosaic_gpu_cluster.combined(splits), (0, LIST, GLOBAL, 2 * GLOBAL))
+        block.run(cluster.combined(splits), (0, LIST, GLOBAL, 2 * GLOBAL))
         out = block.memory[1].view(BF16).reshape(64, 512)
     weight = total * np.exp2(top.astype(np.float64))
     weight /= weight.sum(axis=0) + np.exp(sink)
@@ -170,7 +182,7 @@ def test_a_cluster_combines_what_its_blocks_have(splits: int) -> None:
         ({"q": jnp.zeros((2, 64, 512))}, "q must be bfloat16"),
         ({"q": jnp.zeros((2, 32, 256), jnp.bfloat16)}, "512 dims, got 256"),
         ({"rows": jnp.zeros((4, 8, 512))}, "bfloat16 or fp8"),
-        ({"tuning": mosaic_gpu.Tuning(splits=3)}, "clusters of 1, 2, 4 or 8 blocks, got 3"),
+        ({"tuning": mosaic_gpu.Tuning(splits=9)}, "clusters of at most 8 blocks, got 9"),
         ({"index": jnp.zeros((2, 65536), jnp.int32)}, "shorter lists of picks, got 130 chunks"),
     ],
 )

@@ -32,8 +32,10 @@ def _bfloat16_parts(x: Float[Array, "k d"]) -> Float[Array, "3 k d"]:
     return jnp.stack(parts)
 
 
-def _project(streams: Float[Array, "B T n D"], fn: Array, eps: float) -> Float[Array, "B T k"]:
-    """RMS-normalised flattened streams times fn^T, in float32.
+def _project(
+    streams: Float[Array, "B T n D"], fn: Array
+) -> tuple[Float[Array, "B T k"], Float[Array, "B T"]]:
+    """Flattened streams times fn^T, and the sum of their squares, in float32.
 
     bfloat16 streams meet fn as three bfloat16 parts: the same float32 sum of exact products, but on
     matrix units and reading the streams at half the width.
@@ -44,8 +46,7 @@ def _project(streams: Float[Array, "B T n D"], fn: Array, eps: float) -> Float[A
         z = matmul(flat, parts, jnp.float32).reshape(*flat.shape[:2], 3, -1).sum(axis=2)
     else:
         z = matmul(flat, fn, jnp.float32)
-    square = jnp.square(flat.astype(jnp.float32))
-    return z * jax.lax.rsqrt(jnp.mean(square, axis=-1, keepdims=True) + eps)
+    return z, jnp.sum(jnp.square(flat.astype(jnp.float32)), axis=-1)
 
 
 class HyperConnection(nnx.Module):
@@ -59,14 +60,17 @@ class HyperConnection(nnx.Module):
     def coefficients(self, streams: Float[Array, "B T n D"]) -> Mixing:
         """Mixing weights from the current streams (2.2)."""
         n = self.cfg.hc_mult
-        z = _project(streams, self.fn[...], self.cfg.rms_norm_eps)
+        z, squares = _project(streams, self.fn[...])
         mixed = hc_mix(
             z.reshape(-1, z.shape[-1]),
+            squares.reshape(-1),
             self.scale[...],
             self.base[...],
             streams=n,
             iterations=self.cfg.hc_sinkhorn_iters,
             eps=self.cfg.hc_eps,
+            width=self.fn.shape[1],
+            norm_eps=self.cfg.rms_norm_eps,
             backend=dispatch.of_model(IMPLEMENTATIONS, self.backend),
         ).reshape(z.shape)
         comb = mixed[..., 2 * n :].reshape(*z.shape[:-1], n, n)
@@ -100,6 +104,8 @@ class HyperHead(nnx.Module):
 
     def __call__(self, streams: Float[Array, "B T n D"]) -> Float[Array, "B T D"]:
         """The weighted sum of the streams, in their dtype."""
-        z = _project(streams, self.fn[...], self.cfg.rms_norm_eps)
-        pre = jax.nn.sigmoid(z * self.scale[...] + self.base[...]) + self.cfg.hc_eps
+        z, squares = _project(streams, self.fn[...])
+        mean = squares[..., None] / self.fn.shape[1]
+        normed = z * jax.lax.rsqrt(mean + self.cfg.rms_norm_eps)
+        pre = jax.nn.sigmoid(normed * self.scale[...] + self.base[...]) + self.cfg.hc_eps
         return HyperConnection.collapse(streams, pre)

@@ -9,6 +9,7 @@ from jaxtyping import Array
 from pallas_kernels import casebook, dispatch
 from pallas_kernels import split_softmax_cases as shared
 from pallas_kernels.casebook import Case, Work
+from pallas_kernels.decode_hopper.steps import Tuning
 from pallas_kernels.dense_decode import dense_decode
 
 TOKENS = 128  # of one entry
@@ -125,3 +126,20 @@ BENCH = (
     *(true(batch, ctx, "fp8") for ctx in (K256, K64) for batch in (1, 8, 32, 64, 128, 256)),
     *(true(batch, ctx, "bfloat16") for ctx in (K256, K64) for batch in (8, 32, 128)),
 )
+# What a name says, and what it stands for.
+_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("", {}),
+    (" parts=bfloat16", {"parts": jnp.bfloat16}),
+    (" scorer", {"scorer": True}),
+    (" scorer parts=bfloat16", {"scorer": True, "parts": jnp.bfloat16}),
+    (" scorer cluster", {"scorer": True, "cluster": True}),
+)
+TUNINGS = {
+    f"{dispatch.MOSAIC_GPU} splits={splits}{name}": (
+        dispatch.MOSAIC_GPU,
+        Tuning(splits=splits, **fields),
+    )
+    for name, fields in _KINDS
+    for splits in (1, 2, 3, 4, 8, 16)
+    if splits <= 8 or "cluster" not in fields
+}

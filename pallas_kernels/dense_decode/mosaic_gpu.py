@@ -2,7 +2,7 @@
 
 A block takes a contiguous share of one row's chunks of 64 keys: first those of the window, then the
 entries. One warpgroup issues the copies. The other two each compute all scores (a third more
-products than needed, which bandwidth hides).
+products than needed, which bandwidth hides); `mosaic_gpu_scored` has a fourth one for them.
 """
 
 import functools
@@ -15,9 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import split_softmax as soft
+from pallas_kernels.decode_hopper import steps
+from pallas_kernels.decode_hopper.steps import CHUNK, HALVES, LOG2E, Tuning
 from pallas_kernels.dense_decode import mosaic_gpu_fp8 as fp8
-from pallas_kernels.dense_decode import mosaic_gpu_steps as steps
-from pallas_kernels.dense_decode.mosaic_gpu_steps import CHUNK, HALVES, LOG2E, Tuning
+from pallas_kernels.dense_decode import mosaic_gpu_scored as scored
 from pallas_kernels.dispatch import Unsupported
 from pallas_kernels.rows import Fp8Rows, Rows
 
@@ -58,6 +59,12 @@ def dense_decode(
     (batch, heads, dims), entries = q.shape, soft.lead(rows)[1]
     chunks = (window.shape[1] + entries) // CHUNK  # a block has two or more
     tuning = tuning or Tuning(splits=soft.default_splits(batch, heads, max(1, chunks // 2)))
+    if tuning.scorer:
+        call = scored.Call(scale, tuning, isinstance(rows, Fp8Rows), interpret)
+        found = scored.attend(call, q, window, window_count, rows, count, sink)
+        return _whole(*found, sink, q.dtype)[:, : given[1]]
+    if tuning.cluster:
+        raise Unsupported("clusters need a warpgroup that scores")
     if isinstance(rows, Fp8Rows):
         # In groups of 64, one of a scale each; the last holds the scales and no codes.
         planes = (rows.nope.reshape(batch, entries, dims // 64, 64), rows.rope)
@@ -92,11 +99,14 @@ def dense_decode(
         kernel_name="dense_decode",
     )
     out, stats = kernel(q, window, window_count, count, sink, *planes)
-    if tuning.splits == 1:
-        out = out[:, 0]
-    else:
-        out = soft.combine(soft.Part(stats[:, :, 0] / LOG2E, stats[:, :, 1], out), sink, q.dtype)
-    return out[:, : given[1]]
+    return _whole(out, stats, sink, q.dtype)[:, : given[1]]
+
+
+def _whole(out: Array, stats: Array, sink: Array, dtype: Any) -> Array:
+    """The output of parts, or of the one that is the output."""
+    if out.shape[1] == 1:
+        return out[:, 0]
+    return soft.combine(soft.Part(stats[:, :, 0] / LOG2E, stats[:, :, 1], out), sink, dtype)
 
 
 def _scratch(dims: int, stages: int) -> list[Any]:
@@ -127,23 +137,7 @@ def _body(
         for i in range(HALVES):
             plgpu.copy_gmem_to_smem(q.at[row, :, columns[i]], q_s.at[i], q_ready)
 
-        def chunk(i: Array, _: None) -> None:
-            stage = jax.lax.rem(i - mine.first, stages)
-
-            @pl.when(i - mine.first >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(used.at[stage])
-
-            def copy(source: Any, at: Array) -> None:
-                place = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
-                for j in range(HALVES):
-                    to = keys_s.at[stage, j]
-                    plgpu.copy_gmem_to_smem(source.at[row, place, columns[j]], to, ready.at[stage])
-
-            pl.when(i < mine.recent_chunks)(lambda: copy(window, i))
-            pl.when(i >= mine.recent_chunks)(lambda: copy(rows, i - mine.recent_chunks))
-
-        jax.lax.fori_loop(mine.first, mine.last, chunk, None)
+        steps.fetch(mine, window.at[row], rows.at[row], keys_s, ready, used)
 
     @pl.when(worker < HALVES)
     def _products() -> None:

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dense_decode import mosaic_gpu_steps as steps
-from pallas_kernels.dense_decode.mosaic_gpu_steps import CHUNK, HALVES
+from pallas_kernels.decode_hopper import steps
+from pallas_kernels.decode_hopper.steps import CHUNK, HALVES
 
 GROUP = 64  # dims of one scale, and rotary dims
 SCALES = 16  # bytes fetched of a row's scales: the shortest copy there is

@@ -41,18 +41,22 @@ def sinkhorn(logits: Float[Array, "*b n n"], iterations: int, eps: float) -> Flo
 
 def hc_mix(
     z: Float[Array, "N k"],
+    squares: Float[Array, " N"],
     scale: Float[Array, "3"],
     base: Float[Array, " k"],
     *,
     streams: int,
     iterations: int,
     eps: float,
+    width: int,
+    norm_eps: float,
 ) -> Float[Array, "N k"]:
     """See the package's `hc_mix`."""
     n = streams
     widths = (n, n, n * n)
-    factor = jnp.concatenate([jnp.full(w, scale[i]) for i, w in enumerate(widths)])
-    logits = z * factor + base
+    scales = jnp.concatenate([jnp.full(w, scale[i]) for i, w in enumerate(widths)])
+    factor = jax.lax.rsqrt(squares * (1 / width) + norm_eps)
+    logits = z * factor[:, None] * scales + base
     pre = jax.nn.sigmoid(logits[:, :n]) + eps
     post = 2 * jax.nn.sigmoid(logits[:, n : 2 * n])
     comb = sinkhorn(logits[:, 2 * n :].reshape(-1, n, n), iterations, eps)

@@ -10,6 +10,7 @@ from pallas_kernels import casebook, dispatch
 from pallas_kernels import split_softmax_cases as shared
 from pallas_kernels.casebook import Case, Work
 from pallas_kernels.sparse_decode import sparse_decode
+from pallas_kernels.sparse_decode.mosaic_gpu import Tuning
 
 PAGE, PICKS = 64, 512
 RECENT = (128, 5, 0, 128)  # a full window, part of one, none
@@ -97,7 +98,7 @@ def true(batch: int, kv: str, aot: bool = False) -> Case:
         floor=floor,
         shape={"batch": batch, "pages": (1 << 20) // PAGE, "kv": kv},
         tolerance=shared.ROUNDING,
-        static={"scale": shared.SCALE, "group": shared.GROUP},
+        static={"scale": shared.SCALE, "group": shared.GROUP, "own": False},
         declined=FP8_DECLINED if kv == "fp8" else (),
         aot=aot,
         zero_copy=True,
@@ -127,3 +128,13 @@ BENCH = (
     true(128, "bfloat16", aot=True),
     *(true(batch, kv) for batch in (256, 1, 8, 64) for kv in ("fp8", "bfloat16")),
 )
+TUNINGS = {
+    f"{dispatch.MOSAIC_GPU} splits={splits}{' scorer' * scorer}{' cluster' * cluster}": (
+        dispatch.MOSAIC_GPU,
+        Tuning(splits=splits, cluster=cluster, scorer=scorer),
+    )
+    for scorer in (False, True)
+    for cluster in (True, False)
+    for splits in (1, 2, 3, 4, 8)
+    if cluster or splits > 1
+}

@@ -1,12 +1,13 @@
-"""Steps that the Hopper kernels for plain and for fp8 rows share, all of two consumer warpgroups.
+"""Products, softmax and results of the decode kernels for Hopper, in parts of a warpgroup each.
 
-Each computes all scores of a chunk of keys and owns one half of the dims of the sums, so that they
-exchange nothing but the keys themselves.
+Two warpgroups own one half of the dims of the sums each. Where no other warpgroup scores, each of
+them computes all scores of a chunk of keys, so that they exchange nothing but the keys.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from pallas_kernels import split_softmax as soft
 CHUNK = 64  # keys: the smallest product over keys that a 128-byte swizzle allows
 HALVES = 2  # consumer warpgroups, each with that part of the dims
 LOG2E = math.log2(math.e)
+type Sums = tuple[Array, ...]  # parts of the dims of a warpgroup's sums, one beside the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Tuning:
     splits: int  # blocks that share one row's keys
     stages: int = 2  # chunks in shared memory
     parts: Any = jnp.float32  # dtype of the sums between kernel and combination, or bfloat16
+    scorer: bool = False  # a warpgroup of its own computes scores, as `scorer` does; two stages
+    cluster: bool = False  # with a scorer: the blocks of a row combine what they have, in bfloat16
 
 
 class Share(NamedTuple):
@@ -39,6 +43,16 @@ class Share(NamedTuple):
     recent_chunks: Array
     first: Array
     last: Array
+
+    @property
+    def window_chunks(self) -> Array:
+        """The block's chunks of the window."""
+        return jnp.maximum(jnp.minimum(self.recent_chunks, self.last) - self.first, 0)
+
+    @property
+    def chunks(self) -> Array:
+        """All of its chunks."""
+        return self.last - self.first
 
     def limit(self, i: Array) -> Array:
         """Keys that count from the first of chunk i on; fewer than CHUNK in a last one."""
@@ -55,6 +69,27 @@ def share(recent: Array, seen: Array, split: Array, splits: int) -> Share:
     return Share(recent, seen, recent_chunks, first, jnp.minimum(first + each, chunks))
 
 
+def fetch(mine: Share, window: Any, rows: Any, keys: Any, ready: Any, used: Any) -> None:
+    """Copies a share's chunks of window [W, c] and rows [N, c] to `keys` [stages, 2, CHUNK, c / 2]
+    by TMA, each as soon as its place is `used`."""
+    stages, _, _, half = keys.shape
+
+    def chunk(n: Array, _: None) -> None:
+        stage, i = jax.lax.rem(n, stages), mine.first + n
+        pl.when(n >= stages)(lambda: plgpu.barrier_wait(used.at[stage]))
+
+        def copy(source: Any, at: Array) -> None:
+            place = pl.ds(pl.multiple_of(at * CHUNK, CHUNK), CHUNK)
+            for j in range(HALVES):
+                part = source.at[place, pl.ds(j * half, half)]
+                plgpu.copy_gmem_to_smem(part, keys.at[stage, j], ready.at[stage])
+
+        pl.when(i < mine.recent_chunks)(lambda: copy(window, i))
+        pl.when(i >= mine.recent_chunks)(lambda: copy(rows, i - mine.recent_chunks))
+
+    jax.lax.fori_loop(0, mine.chunks, chunk, None)
+
+
 def transforms(dtype: Any = jnp.bfloat16, dims: int = 64) -> tuple[Any, ...]:
     """Of shared memory for matrices whose rows are tiles of `dims`, swizzled; for bfloat16 and 64,
     the layout that wgmma reads."""
@@ -68,14 +103,15 @@ def tile(shape: tuple[int, ...], dtype: Any = jnp.bfloat16, dims: int = 64) -> A
     return plgpu.SMEM(shape, dtype, transforms=transforms(dtype, dims))
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
+    """A product in float32."""
     return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def product(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Array:
     """sum_i a[i] b[i]^T for shared-memory tiles, in float32."""
     if interpret:  # E3: accumulators beyond one scope have no interpretation
-        pairs = [_dot(a[i], b[i].T) for i in range(HALVES)]
+        pairs = [dot(a[i], b[i].T) for i in range(HALVES)]
         return functools.reduce(jnp.add, pairs)
 
     def multiply(acc: Any) -> Any:
@@ -89,13 +125,28 @@ def product(a: Any, b: Any, shape: tuple[int, int], interpret: bool) -> Array:
 def add_product(sums: Array, weights: Array, keys: Any, interpret: bool) -> Array:
     """sums + weights @ keys, keys being a shared-memory tile."""
     if interpret:
-        return sums + _dot(weights, keys[...])
+        return sums + dot(weights, keys[...])
 
     def multiply(acc: Any) -> None:
         plgpu.wgmma(acc, weights, keys)
 
     accumulated: Any = pl.run_state(multiply)(plgpu.ACC.init(sums))
     return accumulated
+
+
+def add_products(sums: Sequence[Array], weights: Any, keys: Any, interpret: bool) -> Sums:
+    """Each part of the sums + weights @ its dims of the keys, both in shared memory."""
+    width = sums[0].shape[1]
+    parts = [keys.at[:, pl.ds(j * width, width)] for j in range(len(sums))]
+    if interpret:
+        return tuple(x + dot(weights[...], part[...]) for x, part in zip(sums, parts, strict=True))
+
+    def multiply(accumulators: Any) -> None:
+        for acc, part in zip(accumulators, parts, strict=True):
+            plgpu.wgmma(acc, weights, part)
+
+    accumulated: Any = pl.run_state(multiply)(tuple(plgpu.ACC.init(x) for x in sums))
+    return tuple(accumulated)
 
 
 def by_head(x: Array, like: tuple[int, ...]) -> Array:
@@ -105,7 +156,11 @@ def by_head(x: Array, like: tuple[int, ...]) -> Array:
 
 def scores(q: Any, keys: Any, limit: Array, scale: float, interpret: bool) -> Array:
     """Scores [H, CHUNK] in base 2 of tiles [2, H, c / 2] and [2, CHUNK, c / 2]."""
-    dots = product(q, keys, (q.shape[1], CHUNK), interpret)
+    return masked(product(q, keys, (q.shape[1], CHUNK), interpret), limit, scale)
+
+
+def masked(dots: Array, limit: Array, scale: float) -> Array:
+    """Products as scores in base 2, none from `limit` on."""
     key = plgpu.broadcasted_iota(jnp.int32, dots.shape, 1, layout=plgpu.Layout.WGMMA)
     return jnp.where(key < limit, dots * (scale * LOG2E), soft.NO_SCORE)
 
@@ -118,13 +173,21 @@ def fold(scores: Array, top: Array, total: Array) -> tuple[Array, Array, Array, 
     return weights.astype(jnp.bfloat16), fade, new, total * fade + weights.sum(axis=1)
 
 
-def nothing(heads: int, half: int) -> tuple[Array, Array, Array]:
-    """Top, total and sums over no keys."""
+def nothing_seen(heads: int) -> tuple[Array, Array]:
+    """Top and total over no keys."""
     reduced = plgpu.Layout.WGMMA.reduce(1)
     top = plgpu.layout_cast(jnp.full((heads,), soft.NO_SCORE, jnp.float32), reduced)
-    total = plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), reduced)
-    sums = plgpu.layout_cast(jnp.zeros((heads, half), jnp.float32), plgpu.Layout.WGMMA)
-    return top, total, sums
+    return top, plgpu.layout_cast(jnp.zeros((heads,), jnp.float32), reduced)
+
+
+def nothing_summed(heads: int, half: int) -> Array:
+    """Sums over no keys."""
+    return plgpu.layout_cast(jnp.zeros((heads, half), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def nothing(heads: int, half: int) -> tuple[Array, Array, Array]:
+    """Top, total and sums over no keys."""
+    return *nothing_seen(heads), nothing_summed(heads, half)
 
 
 def attend(
@@ -167,23 +230,10 @@ def store(
     state: tuple[Array, Array, Array], sink: Any, out: Any, stats: Any, q_s: Any, stats_s: Any,
     both: Any, whole: bool,
 ) -> None:  # fmt: skip
-    """Writes this warpgroup's half [H, c / 2] of `out`: with the sink joined where `whole`, else
-    top and total go to `stats`."""
-    (top, total, sums), worker, half = state, jax.lax.axis_index("warpgroup"), q_s.shape[2]
-    if whole:
-        reduced = plgpu.Layout.WGMMA.reduce(1)
-        logit = plgpu.load(sink, layout=reduced, optimized=False) * LOG2E
-        highest = jnp.maximum(top, logit)
-        fade = jnp.exp2(top - highest)
-        sums = sums * by_head(fade / (total * fade + jnp.exp2(logit - highest)), sums.shape)
-    mine = out.at[:, pl.ds(pl.multiple_of(worker * half, half), half)]
+    """`write` by way of the queries' tiles, once both warpgroups have read them."""
+    (top, total, sums), worker = state, jax.lax.axis_index("warpgroup")
     plgpu.barrier_arrive(both)
-    plgpu.barrier_wait(both)  # neither reads q_s any more
-    if out.dtype == jnp.float32:
-        mine[...] = sums
-    else:
-        q_s[worker] = sums.astype(out.dtype)
-
+    plgpu.barrier_wait(both)
     if not whole:
 
         @pl.when(worker == 0)
@@ -191,9 +241,45 @@ def store(
             stats_s[0] = top
             stats_s[1] = total
 
+    write((top, total, (sums,)), sink, out, stats, q_s, stats_s, whole)
+
+
+def write(
+    state: tuple[Array, Array, Sums], sink: Any, out: Any, stats: Any, tiles: Any, stats_s: Any,
+    whole: bool,
+) -> None:  # fmt: skip
+    """Writes this warpgroup's half [H, c / 2] of `out`: with the sink joined where `whole`, else
+    `stats_s` goes to `stats`. By way of `tiles` [2, H, c / 2], which nobody reads any more."""
+    (top, total, sums), worker, half = state, jax.lax.axis_index("warpgroup"), tiles.shape[2]
+    if whole:
+        reduced = plgpu.Layout.WGMMA.reduce(1)
+        logit = plgpu.load(sink, layout=reduced, optimized=False) * LOG2E
+        highest = jnp.maximum(top, logit)
+        fade = jnp.exp2(top - highest)
+        factor = fade / (total * fade + jnp.exp2(logit - highest))
+        sums = [x * by_head(factor, x.shape) for x in sums]
+    begin = pl.multiple_of(worker * half, half)
+    if out.dtype == jnp.float32:
+        for j, x in enumerate(sums):
+            out[:, pl.ds(pl.multiple_of(begin + j * x.shape[1], x.shape[1]), x.shape[1])] = x
+    else:
+        put(sums, tiles.at[worker])
     plgpu.commit_smem()
     if out.dtype != jnp.float32:
-        plgpu.copy_smem_to_gmem(q_s.at[worker], mine)
+        plgpu.copy_smem_to_gmem(tiles.at[worker], out.at[:, pl.ds(begin, half)])
     if not whole:
         pl.when(worker == 0)(lambda: plgpu.copy_smem_to_gmem(stats_s, stats))
     plgpu.wait_smem_to_gmem(0)
+
+
+def put(sums: Sequence[Array], to: Any) -> None:
+    """Writes a warpgroup's half of the dims to a tile [H, c / 2]."""
+    for j, x in enumerate(sums):
+        to[:, pl.ds(j * x.shape[1], x.shape[1])] = x.astype(to.dtype)
+
+
+def put_average(total: Array, sums: Sums, tiles: Any) -> None:
+    """This warpgroup's half of the dims of the average over the block's keys, in `tiles`."""
+    inverse = jnp.where(total > 0, 1 / total, jnp.zeros_like(total))
+    average = [x * by_head(inverse, x.shape) for x in sums]
+    put(average, tiles.at[jax.lax.axis_index("warpgroup")])

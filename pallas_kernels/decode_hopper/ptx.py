@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-from pallas_kernels.dense_decode import mosaic_gpu_steps as steps
+from pallas_kernels.decode_hopper import steps
 
 WARPGROUP = 128
 HALF = 32768  # bytes of half of the dims of a chunk, or of 64 heads
@@ -246,23 +246,41 @@ fence.proxy.async.shared::cta;
 """
 
 
-def begins(count: int, picks: int) -> str:
-    """Makes the barriers $0, by all threads of the block, and brings row $3 of the lists $1 and $2
-    nearer: which part of it is needed takes another fetch to know."""
-    out = ".reg .b32 t;\n.reg .b64 a;\n.reg .pred first, p;\nmov.u32 t, %tid.x;\n"
-    out += "setp.eq.u32 first, t, 0;\n"
+def barriers(count: int) -> str:
+    """Makes the barriers $0, by all threads of the block, which then meet."""
+    out = ".reg .b32 t;\n.reg .pred first;\nmov.u32 t, %tid.x;\nsetp.eq.u32 first, t, 0;\n"
     for i in range(count):
         out += f"@first mbarrier.init.shared.b64 [$0+{8 * i}], {ARRIVALS};\n"
-    for operand, size in ((1, 4), (2, 1)):
-        out += f"setp.lt.u32 p, t, {-(-picks * size // LINE)};\n"
-        out += f"mad.wide.s32 a, $3, {picks * size}, ${operand};\nmad.wide.u32 a, t, {LINE}, a;\n"
-        out += "@p prefetch.global.L2 [a];\n"
     return out + "bar.sync 0;\n"
+
+
+def nearer(picks: int) -> str:
+    """Brings row $2 of the lists $0 and $1 nearer: which part of it is needed takes another fetch
+    to know."""
+    out = ".reg .b32 t;\n.reg .b64 a;\n.reg .pred p;\nmov.u32 t, %tid.x;\n"
+    for operand, size in ((0, 4), (1, 1)):
+        out += f"setp.lt.u32 p, t, {-(-picks * size // LINE)};\n"
+        out += f"mad.wide.s32 a, $2, {picks * size}, ${operand};\nmad.wide.u32 a, t, {LINE}, a;\n"
+        out += "@p prefetch.global.L2 [a];\n"
+    return out
+
+
+def counted() -> str:
+    """Writes the numbers from $1 on to the list $0 of a chunk. A warp reads what it wrote alone."""
+    return f"""{_LANE}.reg .b32 to, e;\n.reg .pred p;
+bar.warp.sync 0xffffffff;
+setp.lt.u32 p, lane, 16;
+mad.lo.u32 e, warp, 16, lane;
+mad.lo.u32 to, e, 4, $0;
+add.s32 e, e, $1;
+@p st.shared.b32 [to], e;
+bar.warp.sync 0xffffffff;
+"""
 
 
 def run(text: str, arrays: Sequence[Any], numbers: Sequence[Any] = (), tiles: int = 0) -> None:
     """Runs a text. Operands are where the arrays begin, the first `tiles` of them tiles as
-    `dense_decode.mosaic_gpu_steps` has them, then the numbers."""
+    `decode_hopper.steps` has them, then the numbers."""
 
     def emit(_: Any, *operands: Any) -> None:
         mgpu.utils.inline_ptx(

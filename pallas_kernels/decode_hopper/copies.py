@@ -1,6 +1,6 @@
-"""The Hopper kernel's third warpgroup: lists a block's keys, then copies them chunk by chunk.
+"""The warpgroup that copies rows: lists a block's keys, then copies them chunk by chunk.
 
-What Pallas has no words for are the texts of `mosaic_gpu_ptx`. Nothing interprets those, so in
+What Pallas has no words for are the texts of `ptx`. Nothing interprets those, so in
 interpret mode plain indexing stands in for them here, between the same barriers.
 """
 
@@ -14,10 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from pallas_kernels.dense_decode.mosaic_gpu_steps import CHUNK, HALVES
+from pallas_kernels.decode_hopper import ptx, steps
+from pallas_kernels.decode_hopper.steps import CHUNK, HALVES
 from pallas_kernels.rows import LANES, Fp8Rows, decode
-from pallas_kernels.sparse_decode import mosaic_gpu_ptx as ptx
 
+REGISTERS = 56  # of a thread that copies
 ROPE = GROUP = 64  # rotary dims of fp8 rows, dims of one scale
 
 
@@ -59,7 +60,7 @@ def most_chunks(slots: int, picks: int, splits: int) -> int:
 
 def fits(chunks: int, splits: int, fp8: bool) -> bool:
     """Whether shared memory has room for a share's list: 31 KiB are left, 3 next to codes, of
-    which parts' statistics take 1."""
+    which parts' statistics take 1. (A scorer's statistics and fades take 2 of 2 more.)"""
     return -(-(chunks + 1) * CHUNK * 4 // 1024) + (splits > 1) <= (3 if fp8 else 31)
 
 
@@ -92,14 +93,26 @@ class Copier:
         """Chunks that the list has room for."""
         return self.listed.shape[0] - 1
 
+    def named(self, n: Array) -> Any:
+        """Chunk n's part of the list."""
+        return self.listed.at[n]
+
+    def name(self, n: Array) -> None:
+        """Sees to it that chunk n's part of the list is there, before it is first used."""
+
     def _ready(self, stage: Array) -> Any:
         return self.listed.at[self.chunks, pl.ds(pl.multiple_of(2 * stage, 2), 2)]
 
     def begin(self, index: Any, valid: Any, row: Array) -> None:
         """Makes the barriers; all threads of the block."""
         if not self.interpret:
-            text = ptx.begins(self.keys.shape[0], index.shape[1])
-            ptx.run(text, (self.listed.at[self.chunks], index, valid), (row,))
+            ptx.run(ptx.nearer(index.shape[1]), (index, valid), (row,))
+            self.make_barriers()
+
+    def make_barriers(self) -> None:
+        """Of chunks that are there; all threads of the block."""
+        if not self.interpret:
+            ptx.run(ptx.barriers(self.keys.shape[0]), (self.listed.at[self.chunks],))
 
     def arrived(self, n: Array) -> Array:
         """Chunk n's place, once it is there."""
@@ -138,7 +151,7 @@ class Copier:
         return stage
 
     def _interpreted(self, n: Array, stage: Array, read: Callable[[Array], Array]) -> None:
-        number = self.listed[n]
+        number = self.named(n)[...]
         rows = jnp.where(number[:, None] >= 0, read(jnp.maximum(number, 0)), 0)
         self.keys[stage] = rows.reshape(CHUNK, HALVES, -1).swapaxes(0, 1).astype(self.keys.dtype)
         plgpu.barrier_arrive(self.interpreted.at[stage])
@@ -147,23 +160,25 @@ class Copier:
         if self.interpret:
             self._interpreted(n, stage, lambda number: source[...][number])
             return
-        arrays = (self.keys.at[stage], self.listed.at[n], source, self._ready(stage))
+        arrays = (self.keys.at[stage], self.named(n), source, self._ready(stage))
         ptx.run(ptx.rows(), arrays, tiles=1)
 
-    def plain(self, mine: Share) -> None:
+    def plain(self, mine: Share | steps.Share) -> None:
         """Copies all chunks, entries being bfloat16."""
 
         def chunk(n: Array, _: None) -> None:
+            self.name(n)
             stage = self._free(n)
             pl.when(n < mine.window_chunks)(lambda: self._rows(n, stage, self.window))
             pl.when(n >= mine.window_chunks)(lambda: self._rows(n, stage, self.planes[0]))
 
         jax.lax.fori_loop(0, mine.chunks, chunk, None)
 
-    def fp8(self, mine: Share) -> None:
+    def fp8(self, mine: Share | steps.Share) -> None:
         """Copies all chunks; codes go to `raw` a chunk ahead, and from there into the tiles."""
 
         def recent(n: Array, _: None) -> None:
+            self.name(n)
             self._rows(n, self._free(n), self.window)
 
         jax.lax.fori_loop(0, mine.window_chunks, recent, None)
@@ -173,21 +188,24 @@ class Copier:
         nope, rope = self.planes
 
         # The barrier of a chunk of the window would wait for codes that were asked for before it.
-        @pl.when(mine.picks > 0)
+        @pl.when(mine.chunks > mine.window_chunks)
         def _() -> None:
-            arrays = (self.keys.at[0], self.listed.at[mine.window_chunks], nope, self.raw)
+            self.name(mine.window_chunks)
+            arrays = (self.keys.at[0], self.named(mine.window_chunks), nope, self.raw)
             ptx.run(ptx.codes(), arrays, tiles=1)
 
         def chunk(n: Array, _: None) -> None:
             stage, more = self._free(n), n + 1 < mine.chunks
             keys, following = self.keys.at[stage], jnp.minimum(n + 1, mine.chunks - 1)
-            ptx.run(ptx.rope(), (keys, self.listed.at[n], rope), tiles=1)
-            arrays = (keys, self.listed.at[following], nope, self.raw, self._ready(stage))
+            pl.when(more)(lambda: self.name(following))
+            ptx.run(ptx.rope(), (keys, self.named(n), rope), tiles=1)
+            arrays = (keys, self.named(following), nope, self.raw, self._ready(stage))
             ptx.run(ptx.decoded(), arrays, (more,), tiles=1)
 
         jax.lax.fori_loop(mine.window_chunks, mine.chunks, chunk, None)
 
     def _fp8_interpreted(self, n: Array, _: None) -> None:
+        self.name(n)
         nope, rope = self.planes
 
         def read(number: Array) -> Array:
@@ -195,3 +213,21 @@ class Copier:
             return decode(rows, nope.shape[1], GROUP, self.keys.dtype)
 
         self._interpreted(n, self._free(n), read)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCopier(Copier):
+    """Of chunks that are runs of rows: their list is made as it is needed, and has two chunks."""
+
+    first: Callable[[Array], Array]  # the number of a chunk's first row
+
+    def named(self, n: Array) -> Any:
+        """Chunk n's part of the list: a chunk and the one behind it are in use at once."""
+        return self.listed.at[jax.lax.rem(n, 2)]
+
+    def name(self, n: Array) -> None:
+        """Writes chunk n's part."""
+        if self.interpret:
+            self.named(n)[...] = self.first(n) + jnp.arange(CHUNK, dtype=jnp.int32)
+        else:
+            ptx.run(ptx.counted(), (self.named(n),), (self.first(n),))

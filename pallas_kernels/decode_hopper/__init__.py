@@ -1,0 +1,1 @@
+"""What the decode kernels for Hopper share: products, scores, copies of rows, combination."""
