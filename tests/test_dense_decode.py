@@ -133,16 +133,18 @@ def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn, score
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("name", "kv", "splits", "parts"),
+    ("name", "kv", "splits", "parts", "scorer"),
     [
-        ("all, some, one, none", "bfloat16", 1, "float32"),
-        ("all, some, one, none", "fp8", 1, "float32"),
-        ("all, some, one, none", "bfloat16", 6, "bfloat16"),
-        ("all, some, one, none", "fp8", 3, "bfloat16"),
-        ("a window alone", "bfloat16", 3, "float32"),
+        ("all, some, one, none", "bfloat16", 1, "float32", False),
+        ("all, some, one, none", "fp8", 1, "float32", False),
+        ("all, some, one, none", "bfloat16", 6, "bfloat16", False),
+        ("all, some, one, none", "fp8", 3, "bfloat16", False),
+        ("a window alone", "bfloat16", 3, "float32", False),
+        ("all, some, one, none", "bfloat16", 6, "float32", True),
+        ("all, some, one, none", "fp8", 1, "float32", True),
+        ("a window alone", "bfloat16", 3, "bfloat16", True),
     ],
 )
-@pytest.mark.parametrize("scorer", [False, True])
 def test_hopper_kernel_splits_rows_of_any_length(
     name: str, kv: str, splits: int, parts: str, scorer: bool
 ) -> None:
