@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from hopper_interpreted import Interpreter, interpreting
 from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_kernels.targets import LIBTPU_ENVIRONMENT
@@ -23,6 +24,13 @@ def pytest_configure() -> None:
     atexit.register(folder.cleanup)  # not earlier: a thread may still be compiling
     jax.config.update("jax_compilation_cache_dir", folder.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    """Of kernels for Hopper."""
+    with interpreting() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_interpreted import Interpreter
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import casebook, dispatch, rows
@@ -117,17 +118,17 @@ def test_tpu_kernel_fetches_what_it_reads(case: Case) -> None:
 
 
 def interpreted_hopper_agrees(
-    case: Case, given: Drawn, splits: int, scorer: bool, parts: Any = jnp.float32
+    interpreter: Interpreter, case: Case, given: Drawn, **tuning: Any
 ) -> None:
     args, want = given
-    tuning = Tuning(splits=splits, parts=parts, scorer=scorer)
-    got = mosaic_gpu.dense_decode(*args, tuning=tuning, interpret=True, **case.static)
-    agree(case, got, want)
+    agree(case, interpreter.call("dense_decode", args, dict(case.static), **tuning), want)
 
 
 @pytest.mark.parametrize("scorer", [False, True])
-def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn, scorer: bool) -> None:
-    interpreted_hopper_agrees(FP8, few, 2, scorer)
+def test_hopper_kernel_matches_the_definition_when_interpreted(
+    interpreter: Interpreter, few: Drawn, scorer: bool
+) -> None:
+    interpreted_hopper_agrees(interpreter, FP8, few, splits=2, scorer=scorer)
 
 
 @pytest.mark.slow
@@ -146,13 +147,16 @@ def test_hopper_kernel_matches_the_definition_when_interpreted(few: Drawn, score
     ],
 )
 def test_hopper_kernel_splits_rows_of_any_length(
-    name: str, kv: str, splits: int, parts: str, scorer: bool
+    interpreter: Interpreter, name: str, kv: str, splits: int, parts: str, scorer: bool
 ) -> None:
     case = next(c for c in CASES if c.name == name and c.shape["kv"] == kv)
-    interpreted_hopper_agrees(case, drawn(case), splits, scorer, jnp.dtype(parts))
+    tuning = {"splits": splits, "parts": parts, "scorer": scorer}
+    interpreted_hopper_agrees(interpreter, case, drawn(case), **tuning)
 
 
-def test_a_scorer_and_its_summers_cover_dims_that_are_no_power_of_two() -> None:
+def test_a_scorer_and_its_summers_cover_dims_that_are_no_power_of_two(
+    interpreter: Interpreter,
+) -> None:
     rng = np.random.default_rng(2)
     q, window, entries = (rng.standard_normal((1, n, 384), np.float32) for n in (64, 64, 64))
     entries[0, 40:] = np.nan
@@ -160,9 +164,8 @@ def test_a_scorer_and_its_summers_cover_dims_that_are_no_power_of_two() -> None:
     q, window, entries = arrays
     counts = [jnp.array([n], jnp.int32) for n in (64, 40)]
     args = (q, window, counts[0], entries, counts[1], jnp.zeros(64))
-    options: dict[str, Any] = {"scale": 384**-0.5, "group": 64, "interpret": True}
-    tuning = Tuning(splits=1, scorer=True)
-    got = mosaic_gpu.dense_decode(*args, **options, tuning=tuning)
+    options = {"scale": 384**-0.5, "group": 64}
+    got = interpreter.call("dense_decode", args, options, splits=1, scorer=True)
     agree(FP8, got, in_float64(args, options["scale"]))
 
 

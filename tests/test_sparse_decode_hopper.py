@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hopper_interpreted import Interpreter
 from ptx_interpreted import GLOBAL, Block
 
 from pallas_kernels import casebook, dispatch, rows
@@ -23,18 +24,20 @@ COPIERS, LIST, RAW, SHARED = 256, 2 * ptx.HALF, 3 * ptx.HALF, 4 * ptx.HALF
 NUMBERS = np.where(np.arange(64) % 7 == 3, -1, np.arange(64) * 37 % 50).astype(np.int32)
 
 
-def interpreted_agrees(case: Case, tuning: mosaic_gpu.Tuning) -> None:
+def interpreted_agrees(interpreter: Interpreter, case: Case, **tuning: Any) -> None:
     args = case.arguments(jax.random.key(0))
     want = jax.jit(lambda *a: case.run(a, "xla"))(*args)
-    got = mosaic_gpu.sparse_decode(*args, tuning=tuning, interpret=True, **case.static)
-    result = casebook.compare(case.tolerance, jax.device_get(got), jax.device_get(want))
+    got = interpreter.call("sparse_decode", args, dict(case.static), **tuning)
+    result = casebook.compare(case.tolerance, got, jax.device_get(want))
     assert result.ok, result.why
 
 
 @pytest.mark.parametrize("scorer", [False, True])
-def test_kernel_matches_the_definition_when_interpreted(scorer: bool) -> None:
-    tuning = mosaic_gpu.Tuning(splits=2, scorer=scorer)
-    interpreted_agrees(small("few", "fp8", picks=70), tuning)
+def test_kernel_matches_the_definition_when_interpreted(
+    interpreter: Interpreter, scorer: bool
+) -> None:
+    case = small("few", "fp8", picks=70)
+    interpreted_agrees(interpreter, case, splits=2, scorer=scorer)
 
 
 @pytest.mark.slow
@@ -42,10 +45,9 @@ def test_kernel_matches_the_definition_when_interpreted(scorer: bool) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if "mosaic_gpu" not in c.declined], ids=str)
 @pytest.mark.parametrize(("splits", "scorer"), [(1, True), (4, False)])
 def test_kernel_is_right_in_every_case_when_interpreted(
-    case: Case, splits: int, scorer: bool
+    interpreter: Interpreter, case: Case, splits: int, scorer: bool
 ) -> None:
-    tuning = mosaic_gpu.Tuning(splits=splits, parts=jnp.float32, scorer=scorer)
-    interpreted_agrees(case, tuning)
+    interpreted_agrees(interpreter, case, splits=splits, parts="float32", scorer=scorer)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8, 20])
